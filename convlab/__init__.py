@@ -1,0 +1,19 @@
+"""Why a convolution written by hand is slower than `nn.Conv2d`, measured."""
+
+from convlab.algorithms import ALGORITHMS
+from convlab.layers import Conv2d, ThreadConv2d
+from convlab.oracle import check
+from convlab.problem import PROBLEMS, ConvProblem
+from convlab.timing import compare, measure
+
+__version__ = "0.1.0"
+__all__ = [
+    "ALGORITHMS",
+    "PROBLEMS",
+    "Conv2d",
+    "ConvProblem",
+    "ThreadConv2d",
+    "check",
+    "compare",
+    "measure",
+]

@@ -1,0 +1,214 @@
+"""What a convolution must cost, and what each algorithm makes it cost: FLOPs, bytes, launches.
+
+Counted on paper, in elements times `itemsize`. A step's bytes are what passes through main memory
+if nothing is reused from a cache between steps; x itself is counted once per pass over it, since
+one image with its halo stays in cache while its taps are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from convlab.problem import ConvProblem
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass over memory: bytes read and written, FLOPs, kernel launches on CUDA."""
+
+    stage: str
+    what: str
+    read: int
+    written: int
+    flops: int = 0
+    launches: int = 1
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine reaches: FLOP/s in a large matrix product, bytes/s in a large copy."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+    def seconds(self, flops: int, moved: int) -> float:
+        """The roofline: no faster than arithmetic and no faster than memory."""
+        return max(flops / self.flops_per_second, moved / self.bytes_per_second)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of each tensor of a problem."""
+
+    x: int
+    weight: int
+    y: int
+    columns: int
+
+    @classmethod
+    def of(cls, p: ConvProblem) -> Sizes:
+        n, k, oh, ow = p.output_shape
+        x = n * p.in_channels * p.height * p.width
+        taps = p.kernel_size[0] * p.kernel_size[1]
+        return cls(x, k * p.taps, n * k * oh * ow, n * p.in_channels * taps * oh * ow)
+
+
+def flops(p: ConvProblem, direction: str = "forward") -> int:
+    """Multiplications and additions: 2 per tap and output value; backward does them twice."""
+    forward = 2 * Sizes.of(p).y * p.taps
+    return {"forward": forward, "backward": 2 * forward, "train": 3 * forward}[direction]
+
+
+def compulsory_bytes(p: ConvProblem, itemsize: int = 4, direction: str = "forward") -> int:
+    """Each input read once and each result written once."""
+    s = Sizes.of(p)
+    forward = s.x + s.weight + s.y
+    backward = s.y + s.x + s.weight + s.x + s.weight
+    return (
+        itemsize
+        * {
+            "forward": forward,
+            "backward": backward,
+            "train": forward + backward,
+        }[direction]
+    )
+
+
+def floor_seconds(
+    p: ConvProblem, ceilings: Ceilings, itemsize: int = 4, direction: str = "forward"
+) -> float:
+    """No direct convolution is faster than this on a machine with these ceilings."""
+    return ceilings.seconds(flops(p, direction), compulsory_bytes(p, itemsize, direction))
+
+
+def intensity(p: ConvProblem, itemsize: int = 4) -> float:
+    """FLOPs per compulsory byte, forward."""
+    return flops(p) / compulsory_bytes(p, itemsize)
+
+
+def steps(
+    algorithm: str, p: ConvProblem, itemsize: int = 4, direction: str = "forward"
+) -> list[Step]:
+    """The passes over memory that `algorithm` makes for `p` with a weight that requires a gradient.
+
+    Raises:
+        ValueError: an algorithm or direction that has not been counted.
+    """
+    if (algorithm, direction) not in STEPS:
+        known = ", ".join(sorted({name for name, _ in STEPS}))
+        raise ValueError(
+            f"algorithm must be one of {known} and direction 'forward' or 'backward', "
+            f"got {algorithm!r} and {direction!r}"
+        )
+    s = Sizes.of(p)
+    return [
+        Step(stage, what, itemsize * read, itemsize * written, n_flops, launches)
+        for stage, what, read, written, n_flops, launches in STEPS[algorithm, direction](p, s)
+    ]
+
+
+def moved_bytes(
+    algorithm: str, p: ConvProblem, itemsize: int = 4, direction: str = "forward"
+) -> int:
+    """Bytes read and written by all steps."""
+    return sum(step.bytes for step in steps(algorithm, p, itemsize, direction))
+
+
+def launches(algorithm: str, p: ConvProblem, direction: str = "forward") -> int:
+    """Kernel launches on CUDA by all steps."""
+    return sum(step.launches for step in steps(algorithm, p, direction=direction))
+
+
+def peak_bytes(algorithm: str, p: ConvProblem, itemsize: int = 4) -> int:
+    """Memory above x and weight at its highest, forward, weight requiring a gradient, no bias.
+
+    One group: the columns and their copy live together. Several groups: no copy, but `F.unfold`
+    first allocates its output as large as x, then once more at its true size. The scratch memory
+    of BLAS is not counted.
+
+    Raises:
+        ValueError: an algorithm that has not been counted.
+    """
+    s = Sizes.of(p)
+    unfolding = s.x + s.columns
+    if p.groups == 1:
+        peaks = {
+            "thread": max(unfolding, 2 * s.columns + s.y, s.columns + 3 * s.y),
+            "unfold": max(unfolding, 2 * s.columns + 2 * s.y),
+        }
+    else:
+        weights = p.batch * s.weight  # the weight is repeated for every image
+        peaks = {
+            "thread": max(unfolding, s.columns + s.y + max(weights, s.y)),
+            "unfold": max(unfolding, s.columns + s.y + weights),
+        }
+    if algorithm not in peaks:
+        raise ValueError(f"algorithm must be one of {', '.join(peaks)}, got {algorithm!r}")
+    return itemsize * peaks[algorithm]
+
+
+# Each row: stage, what, elements read, elements written, FLOPs, launches on CUDA.
+
+
+def _native_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    return [("convolution", "one fused kernel", s.x + s.weight, s.y, flops(p), 1)]
+
+
+def _native_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    return [
+        ("convolution", "gradient of x", s.y + s.weight, s.x, flops(p), 1),
+        ("convolution", "gradient of weight", s.y + s.x, s.weight, flops(p), 1),
+    ]
+
+
+def _unfold_stage(p: ConvProblem, s: Sizes) -> tuple:
+    return ("unfold", "im2col: k² copies of x", s.x, s.columns, 0, p.batch)
+
+
+def _thread_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    return [
+        _unfold_stage(p, s),
+        ("product", "transposed columns made contiguous", s.columns, s.columns, 0, 1),
+        ("product", "matrix product", s.columns + s.weight, s.y, flops(p), 1),
+        ("fold", "transposed product made contiguous", s.y, s.y, 0, 1),
+        ("fold", "col2im with kernel 1: a copy", s.y, s.y, 0, 1),
+    ]
+
+
+def _thread_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    return [
+        ("fold", "im2col with kernel 1: a copy", s.y, s.y, 0, p.batch),
+        ("product", "gradient made contiguous", s.y, s.y, 0, 1),
+        ("product", "gradient of weight", s.y + s.columns, s.weight, flops(p), 1),
+        ("product", "gradient of columns", s.y + s.weight, s.columns, flops(p), 1),
+        ("unfold", "transposed gradient made contiguous", s.columns, s.columns, 0, 1),
+        ("unfold", "col2im: k² values summed per pixel", s.columns, s.x, 0, 1),
+    ]
+
+
+def _unfold_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    return [
+        _unfold_stage(p, s),
+        ("product", "columns copied for one large product", s.columns, s.columns, 0, 1),
+        ("product", "matrix product", s.columns + s.weight, s.y, flops(p), 1),
+        ("product", "product made contiguous", s.y, s.y, 0, 1),
+    ]
+
+
+def _unfold_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    return [row for row in _thread_backward(p, s) if row[0] != "fold"]
+
+
+STEPS: dict[tuple[str, str], Callable[[ConvProblem, Sizes], list[tuple]]] = {
+    ("native", "forward"): _native_forward,
+    ("native", "backward"): _native_backward,
+    ("thread", "forward"): _thread_forward,
+    ("thread", "backward"): _thread_backward,
+    ("unfold", "forward"): _unfold_forward,
+    ("unfold", "backward"): _unfold_backward,
+}

@@ -1,0 +1,185 @@
+"""One function per kind of figure; one colour per algorithm everywhere.
+
+The colours are Okabe and Ito's, told apart by colour-blind readers.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from convlab.timing import seconds
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "native": "#0072B2",
+    "native_channels_last": "#56B4E9",
+    "native_no_library": "#999999",
+    "thread": "#D55E00",
+    "unfold": "#E69F00",
+}
+STAGE_COLOURS = {
+    "unfold": "#E69F00",
+    "product": "#009E73",
+    "fold": "#CC79A7",
+    "remainder": "#BBBBBB",
+}
+OTHER = "#666666"
+
+
+@contextmanager
+def theme() -> Iterator[None]:
+    """Seaborn's white grid with readable sizes, inside the block only."""
+    settings = {"axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+    with sns.axes_style("whitegrid"), mpl.rc_context({**settings, "figure.dpi": 100}):
+        yield
+
+
+def finish(figure: Figure, note: str) -> Figure:
+    """Lay `figure` out and write `note` (machine and date) under it; close it for notebooks."""
+    figure.tight_layout()
+    wrapped = "\n".join(textwrap.wrap(note, int(figure.get_figwidth() * 15)))
+    figure.text(0.01, -0.01, wrapped, fontsize=8, color="#555555", va="top")
+    plt.close(figure)
+    return figure
+
+
+def time_axis(axis) -> None:
+    """Ticks of a (logarithmic) axis in seconds as 10 µs, 2 ms, …"""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value) if value > 0 else "0"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def bars(
+    frame: pd.DataFrame,
+    title: str,
+    note: str,
+    floor: float | None = None,
+    colours: Mapping[str, str] = COLOURS,
+) -> Figure:
+    """Horizontal bars of the table of `compare`: median with quartiles, labelled with the ratio.
+
+    Args:
+        floor: seconds that nothing can beat, drawn as a line.
+    """
+    with theme():
+        figure, axes = plt.subplots(figsize=(8, 0.5 * len(frame) + 1.3))
+        spread = [frame["median"] - frame["q25"], frame["q75"] - frame["median"]]
+        names = [str(name) for name in frame.index]
+        fill = [colours.get(name, OTHER) for name in names]
+        axes.barh(names, frame["median"], xerr=np.clip(spread, 0, None), color=fill, capsize=3)
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.set_xlim(0, 1.35 * frame["q75"].max())
+        for y, (_, row) in enumerate(frame.iterrows()):
+            label = f"{seconds(row['median'])}  (×{row['ratio']:.2f})"
+            axes.text(row["q75"] + 0.02 * axes.get_xlim()[1], y, label, va="center")
+        if floor is not None:
+            axes.axvline(floor, color="black", linestyle=":")
+            axes.text(floor, -0.6, "floor", ha="center", va="bottom")
+        time_axis(axes.xaxis)
+        axes.set_title(title)
+        return finish(figure, note)
+
+
+def stage_bars(
+    parts: Mapping[str, Mapping[str, float]],
+    title: str,
+    note: str,
+    totals: Mapping[str, float] | None = None,
+) -> Figure:
+    """Stacked horizontal bars: row → stage → seconds; `totals` marks the ordinary measurement."""
+    with theme():
+        figure, axes = plt.subplots(figsize=(8, 0.6 * len(parts) + 1.9))
+        stages = list(dict.fromkeys(stage for row in parts.values() for stage in row))
+        left = np.zeros(len(parts))
+        for stage in stages:
+            width = np.array([max(row.get(stage, 0.0), 0.0) for row in parts.values()])
+            colour = STAGE_COLOURS.get(stage, OTHER)
+            axes.barh(list(parts), width, left=left, color=colour, label=stage)
+            left += width
+        for y, row in enumerate(totals or {}):
+            label = "measured as a whole" if y == 0 else None
+            axes.plot([totals[row]] * 2, [y - 0.45, y + 0.45], color="black", lw=2, label=label)
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        time_axis(axes.xaxis)
+        axes.set_title(title)
+        axes.legend(ncols=5, loc="upper left", bbox_to_anchor=(0, -0.18), frameon=False)
+        return finish(figure, note)
+
+
+def lines(
+    frame: pd.DataFrame,
+    x: str,
+    title: str,
+    note: str,
+    *,
+    y: str = "median",
+    low: str = "q25",
+    high: str = "q75",
+    x_label: str = "",
+    y_label: str = "",
+    band: tuple[float, float, str] | None = None,
+    log_y: bool = True,
+) -> Figure:
+    """One line per algorithm over `x` with its spread, labelled at its end; log axes.
+
+    Args:
+        frame: long form with the columns algorithm, `x`, `y`, `low`, `high`.
+        band: (from, to, label) shades a range of y, for a claim.
+    """
+    with theme():
+        figure, axes = plt.subplots(figsize=(8, 4.2))
+        if band:
+            axes.axhspan(*band[:2], color="#F0E442", alpha=0.35, label=band[2])
+            axes.legend(loc="best", frameon=True)
+        ends = {}
+        for name, group in frame.groupby("algorithm", sort=False):
+            group = group.sort_values(x)
+            colour = COLOURS.get(name, OTHER)
+            axes.plot(group[x], group[y], "o-", color=colour)
+            axes.fill_between(group[x], group[low], group[high], color=colour, alpha=0.2, lw=0)
+            ends[name] = group[[x, y]].iloc[-1]
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if log_y:
+            axes.set_yscale("log")
+        if y == "median":
+            time_axis(axes.yaxis)
+        else:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _end_labels(axes, ends)
+        axes.set(xlabel=x_label or x, ylabel=y_label, title=title)
+        return finish(figure, note)
+
+
+def _end_labels(axes, ends: Mapping[str, Sequence[float]]) -> None:
+    """Names beside the ends of their lines, moved apart where they would overlap."""
+    axes.figure.canvas.draw()
+    height = 14 * axes.figure.dpi / 72
+    taken = -np.inf
+    for name, (x, y) in sorted(ends.items(), key=lambda item: item[1].iloc[1]):
+        pixel = axes.transData.transform((x, y))[1]
+        taken = max(pixel, taken + height)
+        offset = (taken - pixel) * 72 / axes.figure.dpi
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(8, offset),
+            textcoords="offset points",
+            va="center",
+            color=COLOURS.get(name, OTHER),
+            annotation_clip=False,
+        )
