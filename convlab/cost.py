@@ -61,7 +61,7 @@ class Sizes:
 def flops(p: ConvProblem, direction: str = "forward") -> int:
     """Multiplications and additions: 2 per tap and output value; backward does them twice."""
     forward = 2 * Sizes.of(p).y * p.taps
-    return {"forward": forward, "backward": 2 * forward, "train": 3 * forward}[direction]
+    return _of_direction(direction, forward, 2 * forward)
 
 
 def compulsory_bytes(p: ConvProblem, itemsize: int = 4, direction: str = "forward") -> int:
@@ -69,14 +69,14 @@ def compulsory_bytes(p: ConvProblem, itemsize: int = 4, direction: str = "forwar
     s = Sizes.of(p)
     forward = s.x + s.weight + s.y
     backward = s.y + s.x + s.weight + s.x + s.weight
-    return (
-        itemsize
-        * {
-            "forward": forward,
-            "backward": backward,
-            "train": forward + backward,
-        }[direction]
-    )
+    return itemsize * _of_direction(direction, forward, backward)
+
+
+def _of_direction(direction: str, forward: int, backward: int) -> int:
+    counts = {"forward": forward, "backward": backward, "train": forward + backward}
+    if direction not in counts:
+        raise ValueError(f"direction must be one of {', '.join(counts)}, got {direction!r}")
+    return counts[direction]
 
 
 def floor_seconds(
@@ -127,25 +127,28 @@ def launches(algorithm: str, p: ConvProblem, direction: str = "forward") -> int:
 def peak_bytes(algorithm: str, p: ConvProblem, itemsize: int = 4) -> int:
     """Memory above x and weight at its highest, forward, weight requiring a gradient, no bias.
 
-    One group: the columns and their copy live together. Several groups: no copy, but `F.unfold`
-    first allocates its output as large as x, then once more at its true size. The scratch memory
-    of BLAS is not counted.
+    `F.unfold` first allocates its output as large as x, then resizes it, which only ever enlarges
+    it. One group: the copy of the columns lives until backward; one image needs no copy. Several
+    groups: the weight is repeated for every image. A transpose with an axis of length 1 needs no
+    copy and is counted as one. The scratch memory of BLAS is not counted.
 
     Raises:
         ValueError: an algorithm that has not been counted.
     """
     s = Sizes.of(p)
-    unfolding = s.x + s.columns
+    unfolding = s.x + s.columns if s.columns > s.x else s.x
+    columns = max(s.columns, s.x)
+    copied = s.columns if p.batch > 1 else 0
     if p.groups == 1:
         peaks = {
-            "thread": max(unfolding, 2 * s.columns + s.y, s.columns + 3 * s.y),
-            "unfold": max(unfolding, 2 * s.columns + 2 * s.y),
+            "thread": max(unfolding, columns + copied + 3 * s.y),
+            "unfold": max(unfolding, columns + copied + 2 * s.y),
         }
     else:
-        weights = p.batch * s.weight  # the weight is repeated for every image
+        weights = p.batch * s.weight if p.batch > 1 else 0
         peaks = {
-            "thread": max(unfolding, s.columns + s.y + max(weights, s.y)),
-            "unfold": max(unfolding, s.columns + s.y + weights),
+            "thread": max(unfolding, columns + s.y + max(weights, s.y)),
+            "unfold": max(unfolding, columns + s.y + weights),
         }
     if algorithm not in peaks:
         raise ValueError(f"algorithm must be one of {', '.join(peaks)}, got {algorithm!r}")

@@ -71,13 +71,11 @@ def setting(**changes: int | bool | str) -> Iterator[None]:
             raise ValueError(f"flag must be one of {', '.join(FLAGS)}, got {name!r}")
     before = flags()
     setters = {**_SETTERS, "allocator": _set_allocator}
-    try:
+    with contextlib.ExitStack() as undo:
         for name, value in changes.items():
             setters[name](value)
+            undo.callback(setters[name], before[name])
         yield
-    finally:
-        for name in reversed(changes):
-            setters[name](before[name])
 
 
 @contextlib.contextmanager
@@ -201,6 +199,15 @@ def describe(device: str | torch.device = "cpu") -> dict[str, str | int | float]
             **_driver(),
         }
     return facts
+
+
+def free_bytes(device: str | torch.device = "cpu") -> int:
+    """Memory that can be had without swapping."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 @functools.cache

@@ -69,15 +69,16 @@ def check(
     roundoff = _roundoff(device, dtype)
     errors, reason = {}, ""
     for name, value, exact, scale in zip(("y", *NAMES), found, expected, scales, strict=False):
+        what = name if name == "y" else f"gradient of {name}"
         if value.shape != exact.shape:
-            reason = reason or f"{name} has shape {tuple(value.shape)}, not {tuple(exact.shape)}"
+            reason = reason or f"{what} has shape {tuple(value.shape)}, not {tuple(exact.shape)}"
             errors[name] = math.inf
             continue
         difference = (value - exact).abs()
         errors[name] = _relative(difference, exact)
         allowed = tolerance(counts[name], roundoff, dtype) * scale
         if not bool((difference <= allowed).all()):
-            reason = reason or f"{name} differs from float64 by {errors[name]:.1e} of its maximum"
+            reason = reason or f"{what} differs from float64 by {errors[name]:.1e} of its maximum"
     return Check(
         ok=not reason,
         max_error=errors.pop("y"),
@@ -126,7 +127,10 @@ def _run(
     results = [y.detach()]
     if gradients and y.shape == problem.output_shape:
         grad = _output_gradient(problem, seed).to(device, dtype)
-        results += torch.autograd.grad(y, tensors, grad)
+        if y.requires_grad:
+            results += torch.autograd.grad(y, tensors, grad, materialize_grads=True)
+        else:
+            results += [torch.zeros_like(t) for t in tensors]
     return [r.to("cpu", torch.float64) for r in results]
 
 
@@ -155,7 +159,10 @@ def _reference(problem: ConvProblem, dtype: torch.dtype, seed: int, gradients: b
 
 def _float64(problem: ConvProblem, tensors, grad: Tensor, gradients: bool) -> list[Tensor]:
     tensors = [t.double().requires_grad_(gradients) for t in tensors]
-    y = F.conv2d(*tensors, **problem.kwargs)
+    x, weight, bias = tensors
+    (top, bottom), (left, right) = problem.pads
+    x = F.pad(x, (left, right, top, bottom))
+    y = F.conv2d(x, weight, bias, **{**problem.kwargs, "padding": 0})
     if not gradients:
         return [y]
     return [y.detach(), *torch.autograd.grad(y, tensors, grad.double())]

@@ -28,6 +28,7 @@ COLOURS = {
     "native_no_library": "#999999",
     "thread": "#D55E00",
     "unfold": "#E69F00",
+    "windows": "#009E73",
 }
 STAGE_COLOURS = {
     "unfold": "#E69F00",
@@ -183,3 +184,70 @@ def _end_labels(axes, ends: Mapping[str, Sequence[float]]) -> None:
             color=COLOURS.get(name, OTHER),
             annotation_clip=False,
         )
+
+
+def errors(contrasts: Mapping[str, object], title: str, note: str) -> Figure:
+    """One horizontal bar per mistake from 1 (no error) to its factor, with its spread; log axis.
+
+    Args:
+        contrasts: name → `convlab.pitfalls.Contrast`, or anything with its factor, low, high and
+            noticeable.
+    """
+    slow, fast, none = COLOURS["thread"], COLOURS["native"], COLOURS["native_no_library"]
+    with theme():
+        figure, axes = plt.subplots(figsize=(8.5, 0.36 * len(contrasts) + 1.7))
+        ends = [1.0, *(v for c in contrasts.values() for v in (c.low, c.high))]
+        low, high = min(ends), max(ends)
+        room = (high / low) ** 0.3
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.3, max(high * room, 2))
+        for y, c in enumerate(contrasts.values()):
+            colour = none if not c.noticeable else slow if c.factor > 1 else fast
+            axes.barh(y, c.factor - 1, left=1, color=colour, height=0.65)
+            axes.hlines(y, c.low, c.high, color="black", lw=1.5)
+            text = f"{c.factor:.3g}" if c.factor >= 0.1 else f"1/{1 / c.factor:.3g}"
+            text += "" if c.noticeable else "  within the noise"
+            axes.text(max(c.high, 1) * 1.08, y, text, va="center")
+        axes.set_yticks(range(len(contrasts)), list(contrasts))
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.axvline(1, color="black", lw=1)
+        axes.xaxis.set_major_formatter(FuncFormatter(_as_factor))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(
+            "wrong number / right number (1 = no error; left: too low, right: too high)"
+        )
+        axes.set_title(title)
+        return finish(figure, note)
+
+
+def timeline(
+    lanes: Mapping[str, Sequence[tuple[float, float, str]]],
+    marks: Mapping[str, float],
+    title: str,
+    note: str,
+) -> Figure:
+    """What ran when: lane → (start, end, label) in seconds, and the readings of a clock."""
+    colours = [STAGE_COLOURS[k] for k in ("remainder", "product", "unfold", "fold")]
+    first = min(marks.values())
+    with theme():
+        figure, axes = plt.subplots(figsize=(8, 0.7 * len(lanes) + 0.3 * len(marks) + 1.2))
+        for y, spans in enumerate(lanes.values()):
+            for start, end, label in spans:
+                axes.barh(y, end - start, left=start - first, color=colours[y], height=0.6)
+                axes.text((start + end) / 2 - first, y, label, ha="center", va="center")
+        for i, (label, at) in enumerate(marks.items()):
+            height = -0.55 - 0.3 * (len(marks) - i)
+            left = at - first < 0.6 * (max(marks.values()) - first)
+            axes.plot([at - first] * 2, [height, len(lanes) - 0.5], color="black", lw=1, ls="--")
+            axes.text(at - first, height, f" {label} ", ha="left" if left else "right", va="center")
+        axes.set_yticks(range(len(lanes)), list(lanes))
+        axes.set_ylim(len(lanes) - 0.5, -0.75 - 0.3 * len(marks))
+        axes.grid(False, axis="y")
+        time_axis(axes.xaxis)
+        axes.set_title(title)
+        return finish(figure, note)
+
+
+def _as_factor(value: float, _: object) -> str:
+    return f"{value:g}" if value >= 1 else f"1/{1 / value:g}"

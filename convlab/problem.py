@@ -49,7 +49,7 @@ def parse_device(device: str | torch.device) -> torch.device:
     """A CPU or CUDA device that is present; ValueError otherwise."""
     try:
         parsed = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from None
     if parsed.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")

@@ -108,7 +108,7 @@ def measure(
     once = _once(fn, device)
     wanted = min(max(min_seconds, min_samples * max(once, BLOCK_SECONDS)), max_seconds)
     if device.type == "cpu":
-        samples, calls = _cpu_samples(fn, wanted)
+        samples, calls = _cpu_samples(fn, wanted, min_samples, max_seconds)
     else:
         count = max(min_samples, int(wanted / max(once, 1e-5)))
         samples, calls = _cuda_samples(fn, device, min(count, 1000), clear_cache), 1
@@ -116,7 +116,7 @@ def measure(
     changed = _differing(before, machine.flags())
     if changed:
         raise UnfairComparison(f"the function changed the flag {changed} while it was measured")
-    return Measurement(tuple(samples), calls, peak_found, str(device), before, *_clock(device))
+    return Measurement(tuple(samples), calls, peak_found, str(device), before, *clock(device))
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def interleaved(
         with machine.setting(**item.flags):
             top = peak_bytes(item.fn, device) if peak else None
         measured[name] = Measurement(
-            tuple(samples[name]), calls[name], top, str(device), flags[name], *_clock(device)
+            tuple(samples[name]), calls[name], top, str(device), flags[name], *clock(device)
         )
     return measured
 
@@ -302,26 +302,26 @@ def _allocations(fn: Function) -> list[int]:
     return [e.nbytes() for e in sorted(memory, key=lambda e: e.start_ns())]
 
 
+def launches(fn: Function) -> int:
+    """Kernel launches on CUDA during `fn()`, as the profiler counts them."""
+    events = profile(fn, "cuda").kineto_results.events()
+    return sum("LaunchKernel" in e.name() for e in events)
+
+
 def profile(fn: Function, device: str | torch.device = "cpu", **options):
     """`fn()` once under PyTorch's profiler → its `torch.autograd.profiler.profile`."""
     if torch.device(device).type == "cuda":
         options["use_device"] = "cuda"
-    profiler = torch.autograd.profiler.profile(**options)
-    with _stderr_silenced():
-        profiler.__enter__()
-    try:
+    with _stderr_silenced(), torch.autograd.profiler.profile(**options) as profiler:
         result = fn()
         synchronize(device)
         del result  # its release is an event too
-    finally:
-        with _stderr_silenced():
-            profiler.__exit__(None, None, None)
     return profiler
 
 
 @contextlib.contextmanager
 def _stderr_silenced() -> Iterator[None]:
-    """File descriptor 2 closed to the log lines Kineto writes from C++ as it starts."""
+    """File descriptor 2 closed to the log lines that PyTorch's profiler writes from C++."""
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -353,12 +353,17 @@ def _sample(fn: Function, device: torch.device, calls: int, clear_cache: bool) -
     return timeit.Timer(fn).timeit(calls) / calls
 
 
-def _cpu_samples(fn: Function, wanted: float) -> tuple[list[float], int]:
+def _cpu_samples(
+    fn: Function, wanted: float, at_least: int, longest: float
+) -> tuple[list[float], int]:
     from torch.utils.benchmark import Timer
 
     timer = Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
     found = timer.blocked_autorange(min_run_time=wanted)
-    return list(found.times), found.number_per_run
+    samples, calls = list(found.times), found.number_per_run
+    while len(samples) < at_least and sum(samples) * calls < longest:  # it has become slower
+        samples.append(timeit.Timer(fn).timeit(calls) / calls)
+    return samples, calls
 
 
 def _cuda_samples(fn: Function, device: torch.device, count: int, clear_cache: bool) -> list[float]:
@@ -387,8 +392,9 @@ def _l2_scratch(device: torch.device) -> torch.Tensor:
     return _scratch[device]
 
 
-def _clock(device: torch.device) -> tuple[str, float]:
-    if device.type == "cuda":
+def clock(device: str | torch.device) -> tuple[str, float]:
+    """The name of the clock for `device` and its resolution in seconds."""
+    if torch.device(device).type == "cuda":
         return "CUDA events", EVENT_RESOLUTION
     info = time.get_clock_info("perf_counter")
     return "perf_counter", info.resolution

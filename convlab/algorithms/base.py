@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -55,16 +56,17 @@ class Algorithm:
         `supports` gives a reason.
         """
         try:
-            stride, dilation = _two(stride), _two(dilation)
-            padding = padding if isinstance(padding, str) else _two(padding)
-            valid = _valid(x, weight, bias, stride, padding, dilation, groups)
+            pad = padding if isinstance(padding, str) else _two(padding)
+            sizes = _two(stride), pad, _two(dilation), groups
+            valid = _valid(x, weight, bias, *sizes)
         except (TypeError, AttributeError):
             valid = False
         if not valid:
             # The reference is asked, so that a bad call fails here exactly as it fails there.
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         if x.dim() == 3:
-            return self(x[None], weight, bias, stride, padding, dilation, groups)[0]
+            return self(x[None], weight, bias, *sizes)[0]
+        stride, padding, dilation, groups = sizes
         if padding == "valid":
             padding = (0, 0)
         elif padding == "same":
@@ -106,16 +108,20 @@ def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias[:, None, None])
 
 
-def _two(value: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    value = tuple(value)
-    return value * 2 if len(value) == 1 else value
+def _two(value: int | Sequence[int]) -> tuple[int, ...]:
+    """`value` as a pair, one number doubled; TypeError where `F.conv2d` takes it for no number."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(v, bool) for v in values):
+        raise TypeError("a bool is no size")
+    values = tuple(operator.index(v) for v in values)
+    return values * 2 if len(values) == 1 else values
 
 
 def _valid(x, weight, bias, stride, padding, dilation, groups) -> bool:
     """Whether `F.conv2d` takes these arguments."""
-    if not (x.dim() in (3, 4) and weight.dim() == 4 and groups >= 1):
+    if not (x.dim() in (3, 4) and weight.dim() == 4 and len(stride) == len(dilation) == 2):
+        return False
+    if isinstance(groups, bool) or operator.index(groups) < 1:
         return False
     channels, out_channels = x.shape[-3], weight.shape[0]
     if isinstance(padding, str):
@@ -126,7 +132,7 @@ def _valid(x, weight, bias, stride, padding, dilation, groups) -> bool:
     else:
         pads = [2 * p for p in padding]
     return (
-        len(stride) == len(dilation) == len(pads) == 2
+        len(pads) == 2
         and min(*stride, *dilation) >= 1
         and min(pads) >= 0
         and out_channels >= 1

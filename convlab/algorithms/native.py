@@ -42,7 +42,7 @@ class _NoLibrary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        x, weight = (t.to(grad.dtype) for t in ctx.saved_tensors)  # they differ under autocast
         stride, padding, dilation, groups = ctx.sizes
         needs = list(ctx.needs_input_grad[:3])
         with library_off():

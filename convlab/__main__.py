@@ -1,0 +1,181 @@
+"""`python -m convlab reproduce / record / verdicts`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from convlab import experiments, machine, records, thread
+from convlab.experiments import Settings
+from convlab.records import RecordError, Row
+
+STYLES = {thread.HOLDS: "green", thread.FAILS: "red", thread.DEPENDS: "yellow"}
+INTERRUPTED, BAD_INPUT = 130, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 after one sentence on bad input, or 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        return options.command(options)
+    except (ValueError, RecordError) as error:
+        print(f"convlab: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m convlab", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, text in (
+        ("reproduce", reproduce, "the thread's analysis on this machine, ending with the verdicts"),
+        ("record", record, "all experiments, into data/records/ to be committed"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        sub.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+        sub.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+        sub.add_argument("--quick", action="store_true", help="fewer rounds, smaller batches")
+        sub.add_argument("--fresh", action="store_true", help="do not go on with a stopped run")
+        sub.add_argument("--output", type=Path, help="the record file (JSON Lines) to append to")
+    text = "the verdict on every claim from what is recorded"
+    sub = commands.add_parser("verdicts", help=text, description=text)
+    sub.set_defaults(command=verdicts)
+    sub.add_argument("--machine", help="only machines whose name contains this")
+    sub.add_argument("files", nargs="*", type=Path, help="record files; default: data/records/")
+    return parser
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    """Measure the thread's experiments here and judge its claims."""
+    code, rows, path = _measure(options, experiments.REPRODUCE, records.local_file)
+    if code == 0:
+        console = Console()
+        console.print(verdict_table(rows))
+        console.print(f"Rows: {_short(path)}", soft_wrap=True, highlight=False)
+        console.print(
+            "Next: make lab, then notebooks/00_start_here.ipynb: the same claims, explained.",
+            soft_wrap=True,
+            highlight=False,
+        )
+    return code
+
+
+def record(options: argparse.Namespace) -> int:
+    """Measure every experiment and keep the rows in data/records/."""
+    code, rows, path = _measure(options, tuple(experiments.EXPERIMENTS), records.recorded_file)
+    if code == 0:
+        Console().print(f"{len(rows)} rows: {_short(path)}", soft_wrap=True, highlight=False)
+    return code
+
+
+def verdicts(options: argparse.Namespace) -> int:
+    """Judge the claims from recorded rows, one table per machine and device."""
+    for path in options.files:
+        if not path.is_file():
+            raise ValueError(f"files must be existing record files, got {str(path)!r}")
+    rows = [row for path in options.files or records.files() for row in records.read(path)]
+    wanted = (options.machine or "").lower()
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if wanted in row.machine.lower():
+            groups.setdefault((row.machine, row.device), []).append(row)
+    if not groups:
+        known = ", ".join(sorted({row.machine for row in rows})) or "none yet"
+        asked = f" for --machine {options.machine!r}" if options.machine else ""
+        raise ValueError(f"there are no records{asked}; machines recorded: {known}")
+    for found in groups.values():
+        Console().print(verdict_table(experiments.last_session(found)))
+    return 0
+
+
+def verdict_table(rows: Sequence[Row]) -> Table:
+    """Claim, the thread's figure, this machine's figure with its interval, verdict and reason."""
+    first = rows[0]
+    flags = first.flags
+    title = f"{first.machine}, {first.device}, torch {first.versions['torch']}"
+    if first.device == "cpu":
+        title += f", {flags['threads']} threads, {flags['allocator']}"
+    title += f", {first.time[:10]}"
+    if " quick-" in first.session:
+        title += " (quick: smaller batches, wider intervals)"
+    table = Table(title=title, show_lines=True, title_justify="left")
+    for name, ratio in (("claim", 4), ("the thread", 3), ("measured here", 6), ("verdict", 5)):
+        table.add_column(name, ratio=ratio)
+    thread_figures = thread.figures()
+    for claim, found in thread.judge(rows):
+        style = STYLES.get(found.verdict, "dim")
+        table.add_row(
+            escape(f"{claim.id} {claim.text}"),
+            escape(claim.figure(thread_figures)),
+            escape(found.figure.replace("; ", "\n")),
+            f"[bold {style}]{found.verdict}[/]\n{escape(found.reason)}",
+        )
+    return table
+
+
+def _measure(options, names, default_file) -> tuple[int, list[Row], Path]:
+    settings = Settings(options.device, options.quick)
+    _set_threads(options.threads)
+    path = options.output or default_file(settings.device)
+    console = Console(stderr=True)
+    console.print(f"{machine.name(settings.device)}, {len(names)} experiments", highlight=False)
+    rows: list[Row] = []
+    start = time.perf_counter()
+    try:
+        rows = _run_with_progress(names, settings, path, options.fresh, console)
+    except KeyboardInterrupt:
+        print(
+            f"\nStopped. What was measured is in {_short(path)}; the same command goes on from "
+            "there, with --fresh it starts anew.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED, rows, path
+    console.print(f"Measured in {time.perf_counter() - start:.0f} s.", highlight=False)
+    return 0, rows, path
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    cores = os.cpu_count() or 1
+    if not 1 <= threads <= cores:
+        raise ValueError(f"--threads must be between 1 and {cores}, got {threads}")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _run_with_progress(names, settings, path, fresh, console) -> list[Row]:
+    rows: list[Row] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        cases = experiments.plan(names, settings)
+        task = progress.add_task(cases[0].name, total=len(cases))
+        for done in experiments.run(names, settings, path, fresh):
+            rows += done.rows
+            if done.resumed and done.index == 0:
+                progress.console.print("Going on with the run that was stopped.")
+            following = cases[done.index + 1].name if done.index + 1 < len(cases) else "done"
+            progress.update(task, advance=1, description=f"{following:36s}")
+    return rows
+
+
+def _short(path: Path) -> str:
+    """`path` relative to the current folder where it lies below it."""
+    path = Path(path).absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

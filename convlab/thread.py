@@ -1,0 +1,452 @@
+"""The thread's claims, the figures it reported, and the verdict that records give on each.
+
+A rule compares a figure's 95 % interval with the range in which the claim would be right: wholly
+inside it holds, wholly outside it does not, and across the edge nothing is decided. Where two
+problems decide differently, it depends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from convlab.records import RecordError, Row, data_folder
+from convlab.timing import CONFIDENCE, RESAMPLES
+
+HOLDS, FAILS, DEPENDS, UNKNOWN = "holds", "does not hold", "depends", "not measured here"
+INF = float("inf")
+LIBRARY = ("native", "native_channels_last", "native_no_library", "auto")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What records say about a claim: the figure, whether it holds, and why, in one sentence."""
+
+    verdict: str
+    figure: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the thread.
+
+    Attributes:
+        id: T1 … T12.
+        text: the claim in our words.
+        figure: the thread's own figures, as text.
+        judge: the rule, rows → `Verdict`.
+    """
+
+    id: str
+    text: str
+    figure: Callable[[dict[str, float]], str]
+    judge: Callable[[Sequence[Row]], Verdict]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % interval, and where it was measured."""
+
+    where: str
+    value: float
+    low: float
+    high: float
+
+    def text(self, style: str) -> str:
+        if style == "%":
+            return f"{self.value:.0%} [{self.low:.0%} … {self.high:.0%}]"
+        return f"{self.value:.3g}× [{self.low:.3g} … {self.high:.3g}]"
+
+    def against(self, low: float, high: float) -> str:
+        """HOLDS, FAILS or DEPENDS (undecided) for the range `low` … `high`."""
+        if low <= self.low and self.high <= high:
+            return HOLDS
+        return FAILS if self.high < low or self.low > high else DEPENDS
+
+
+def figures() -> dict[str, float]:
+    """The thread's own measurements, in seconds; `data/thread.json` says what each is.
+
+    Raises:
+        RecordError: the file is missing or damaged.
+    """
+    path = data_folder() / "thread.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {f["name"]: f["seconds"] for f in content["figures"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise RecordError(f"{path}: cannot read the thread's figures: {error}") from error
+
+
+# Figures from rows
+
+
+def statistic(where: str, formula: Callable, *samples: Sequence[float]) -> Interval:
+    """`formula` of the medians of samples from the same rounds, with its bootstrap interval."""
+    rounds = min(map(len, samples))
+    data = np.array([s[:rounds] for s in samples])
+    picks = np.random.default_rng(0).integers(rounds, size=(RESAMPLES, rounds))
+    drawn = formula(*np.median(data[:, picks], axis=2))
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(where, float(formula(*np.median(data, axis=1))), float(low), float(high))
+
+
+def cases(rows: Iterable[Row], experiment: str, pass_: str = "") -> list[dict[str, Row]]:
+    """The experiment's cases, smallest batch first: algorithm (or pass:part) → row."""
+    found: dict[tuple, dict[str, Row]] = {}
+    for r in rows:
+        staged = experiment == "stages"
+        if r.experiment == experiment and r.status == "ok" and (staged or r.pass_ == pass_):
+            key = f"{r.pass_}:{r.part}" if staged else r.algorithm
+            found.setdefault((r.problem.get("batch", 0), r.case, r.session), {})[key] = r
+    return [found[key] for key in sorted(found)]
+
+
+def where(row: Row) -> str:
+    batch = row.problem["batch"]
+    return f"{batch} image{'s' if batch != 1 else ''}"
+
+
+def ratio_cases(rows, experiment, pass_, a, b) -> list[Interval]:
+    """median(a) / median(b) for each case that has both."""
+    return [
+        statistic(where(case[a]), np.divide, case[a].samples, case[b].samples)
+        for case in cases(rows, experiment, pass_)
+        if a in case and b in case
+    ]
+
+
+def stage_cases(rows, formula: Callable, *keys: str) -> list[Interval]:
+    """`formula` of the named stage times (pass:part) for each case of "stages"."""
+    return [
+        statistic(where(case[keys[0]]), formula, *(case[k].samples for k in keys))
+        for case in cases(rows, "stages")
+        if all(k in case for k in keys)
+    ]
+
+
+# Rules
+
+
+def decide(
+    found: Sequence[Interval], low: float, high: float, reasons: dict[str, str], style: str = "×"
+) -> Verdict:
+    """One verdict from the figures of several problems; `reasons` maps HOLDS and FAILS to why."""
+    if not found:
+        return missing()
+    figure = "; ".join(f"{f.where}: {f.text(style)}" for f in found)
+    votes = [f.against(low, high) for f in found]
+    if len(set(votes)) == 1 and votes[0] != DEPENDS:
+        return Verdict(votes[0], figure, reasons[votes[0]])
+    if HOLDS in votes and FAILS in votes:
+        there = [f.where for f, v in zip(found, votes, strict=True) if v == HOLDS]
+        return Verdict(DEPENDS, figure, f"It holds for {' and '.join(there)} only.")
+    if len(found) == 1 or set(votes) == {DEPENDS}:
+        return Verdict(DEPENDS, figure, "The interval crosses the edge: inside the noise.")
+    decided = next(v for v in votes if v != DEPENDS)
+    side = "within" if decided == HOLDS else "outside"
+    return Verdict(
+        DEPENDS, figure, f"Clearly {side} the claim's range in part; the rest is inside the noise."
+    )
+
+
+def missing() -> Verdict:
+    return Verdict(UNKNOWN, "–", "No record of it.")
+
+
+def storage(rows: Iterable[Row]) -> dict[str, dict]:
+    return {r.part: r.extra for r in rows if r.experiment == "storage" and r.status == "ok"}
+
+
+def copies_text(facts: dict[str, dict], *names: str) -> str:
+    parts = []
+    for name in names:
+        times = facts[name]["bytes_written"] / facts[name]["bytes_in"]
+        parts.append(f"{name} {'is a view' if facts[name]['view'] else f'writes {times:.3g}×'}")
+    return ", ".join(parts)
+
+
+def t1_views(rows: Sequence[Row]) -> Verdict:
+    facts = storage(rows)
+    names = "F.unfold", "F.fold"
+    if not facts.keys() >= set(names):
+        return missing()
+    views = [facts[name]["view"] for name in names]
+    figure = copies_text(facts, *names) + " its input's bytes"
+    if all(views):
+        return Verdict(HOLDS, figure, "Both results share their input's memory.")
+    if any(views):
+        return Verdict(DEPENDS, figure, "One of the two shares its input's memory.")
+    return Verdict(
+        FAILS, figure, "Both results lie in memory of their own; Tensor.unfold is a view."
+    )
+
+
+def t2_most_time(rows: Sequence[Row]) -> Verdict:
+    def share(*parts):
+        unfolds, folds, totals = parts[0:2], parts[2:4], parts[4:6]
+        return (sum(unfolds) + sum(folds)) / sum(totals)
+
+    keys = [f"{d}:{part}" for part in ("unfold", "fold", "total") for d in ("forward", "backward")]
+    return decide(
+        stage_cases(rows, share, *keys),
+        0.5,
+        INF,
+        {
+            HOLDS: "Unfold and fold take more than half of forward and backward.",
+            FAILS: "Unfold and fold take less than half of forward and backward.",
+        },
+        "%",
+    )
+
+
+def t3_training(rows: Sequence[Row]) -> Verdict:
+    return decide(
+        ratio_cases(rows, "step", "train", "thread", "native"),
+        4.5,
+        10,
+        {
+            HOLDS: "The ratio of the training steps lies between 4.5 and 10.",
+            FAILS: "The ratio of the training steps lies outside 4.5 to 10.",
+        },
+    )
+
+
+def t4_fold_free(rows: Sequence[Row]) -> Verdict:
+    facts = storage(rows)
+    found = stage_cases(rows, np.divide, "forward:fold", "forward:total")
+    if "F.fold" not in facts or not found:
+        return missing()
+    reasons = dict.fromkeys((HOLDS, FAILS), "Almost free is taken as under 5 % of forward.")
+    timed = decide(found, 0, 0.05, reasons, "%")
+    view = facts["F.fold"]["view"]
+    figure = f"{copies_text(facts, 'F.fold')}; share of forward: {timed.figure}"
+    if view:
+        return Verdict(timed.verdict, figure, f"It copies nothing. {timed.reason}")
+    if timed.verdict == HOLDS:
+        return Verdict(DEPENDS, figure, "It copies, yet takes under 5 % of forward.")
+    if timed.verdict == FAILS:
+        return Verdict(FAILS, figure, "It copies, and takes more than 5 % of forward.")
+    return Verdict(FAILS, figure, "It copies; whether that costs 5 % of forward is not decided.")
+
+
+def t5_same_cost(rows: Sequence[Row]) -> Verdict:
+    return decide(
+        stage_cases(rows, np.divide, "forward:product", "forward:unfold"),
+        0.5,
+        2,
+        {
+            HOLDS: "Product and unfold are within a factor of two of each other.",
+            FAILS: "Product and unfold differ by more than a factor of two.",
+        },
+    )
+
+
+def t6_backward(rows: Sequence[Row]) -> Verdict:
+    return decide(
+        stage_cases(rows, np.divide, "backward:total", "forward:total"),
+        0.5,
+        2,
+        {
+            HOLDS: "Backward and forward are within a factor of two of each other.",
+            FAILS: "Backward and forward differ by more than a factor of two.",
+        },
+    )
+
+
+def t7_extra_time(rows: Sequence[Row]) -> Verdict:
+    """Unfold's and fold's time over the extra time; the stages and the ratio share a batch."""
+
+    def share(u1, u2, f1, f2, t1, t2, inverse):
+        return (u1 + u2 + f1 + f2) / ((t1 + t2) * (1 - inverse))
+
+    steps = {where(c["thread"]): c for c in cases(rows, "step", "train") if "thread" in c}
+    found = []
+    for case in cases(rows, "stages"):
+        step = steps.get(where(next(iter(case.values()))))
+        if step is None or "native" not in step:
+            continue
+        inverse = np.divide(step["native"].samples, step["thread"].samples)
+        keys = [f"{d}:{p}" for p in ("unfold", "fold", "total") for d in ("forward", "backward")]
+        if np.median(inverse) < 1 and all(k in case for k in keys):
+            samples = [case[k].samples for k in keys]
+            found.append(statistic(where(step["native"]), share, *samples, inverse))
+    return decide(
+        found,
+        0.8,
+        INF,
+        {
+            HOLDS: "Unfold and fold take at least 80 % of the extra time.",
+            FAILS: "Unfold and fold take less than 80 % of the extra time.",
+        },
+        "%",
+    )
+
+
+def t8_batch(rows: Sequence[Row]) -> Verdict:
+    per_pass = {q: ratio_cases(rows, "batch", q, "thread", "native") for q in ("forward", "train")}
+    found = [r for ratios in per_pass.values() for r in ratios]
+    if not found or min(map(len, per_pass.values())) < 2:
+        return missing()
+    figure = "; ".join(
+        f"{q}: {min(r.value for r in ratios):.3g}× ({min(ratios, key=_value).where}) to "
+        f"{max(r.value for r in ratios):.3g}× ({max(ratios, key=_value).where})"
+        for q, ratios in per_pass.items()
+    )
+    outside = sum(r.against(2, 4) == FAILS for r in found)
+    inside = sum(r.against(2, 4) == HOLDS for r in found)
+    if inside == len(found):
+        return Verdict(HOLDS, figure, "Every ratio lies between 2 and 4.")
+    counted = f"Of {len(found)} ratios {outside} lie outside 2 to 4"
+    if outside * 2 > len(found):
+        return Verdict(FAILS, figure, f"{counted}: it is not one constant.")
+    return Verdict(DEPENDS, figure, f"{counted}, {inside} inside.")
+
+
+def _value(found: Interval) -> float:
+    return found.value
+
+
+def t9_inference(rows: Sequence[Row]) -> Verdict:
+    return decide(
+        ratio_cases(rows, "step", "forward", "thread", "native"),
+        6,
+        7,
+        {
+            HOLDS: "The ratio of inference lies between 6 and 7.",
+            FAILS: "The ratio of inference lies outside 6 to 7.",
+        },
+    )
+
+
+def t10_library_off(rows: Sequence[Row]) -> Verdict:
+    return decide(
+        ratio_cases(rows, "step", "train", "native_no_library", "thread"),
+        0.8,
+        1.25,
+        {
+            HOLDS: "Without its library nn.Conv2d takes as long as the layer, within 25 %.",
+            FAILS: "Without its library nn.Conv2d still differs from the layer by over 25 %.",
+        },
+    )
+
+
+def t11_library(rows: Sequence[Row]) -> Verdict:
+    return decide(
+        ratio_cases(rows, "step", "train", "native_no_library", "native"),
+        2,
+        INF,
+        {
+            HOLDS: "Switching the library off costs at least a factor of two.",
+            FAILS: "Switching the library off costs less than a factor of two.",
+        },
+    )
+
+
+def t12_nothing(rows: Sequence[Row]) -> Verdict:
+    """The best rewritten form that is not a library's own convolution, against the layer."""
+    found = []
+    for pass_ in ("forward", "train"):
+        for case in cases(rows, "layer", pass_) + cases(rows, "step", pass_):
+            others = [a for a in case if a not in LIBRARY and a != "thread"]
+            if "thread" in case and others:
+                best = min(others, key=lambda a: case[a].median)
+                label = f"{best}, {where(case[best])}, {pass_}"
+                found.append(
+                    statistic(label, np.divide, case["thread"].samples, case[best].samples)
+                )
+    if not found:
+        return missing()
+    best = max(found, key=lambda f: f.low)
+    figure = f"{best.where}: {best.text('×')} faster"
+    if best.low > 1.25:
+        return Verdict(FAILS, figure, f"{best.where.split(',')[0]} is faster in plain PyTorch.")
+    if all(f.high <= 1.25 for f in found):
+        return Verdict(HOLDS, figure, "No rewritten form measured so far gains over 25 %.")
+    return Verdict(DEPENDS, figure, "The gain of the best rewritten form is inside the noise.")
+
+
+def _ms(value: float) -> str:
+    return f"{value * 1e3:.3g} ms"
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim("T1", "unfold and fold only play with strides", lambda f: "no figure", t1_views),
+    Claim(
+        "T2",
+        "im2col and col2im take most of the time",
+        lambda f: "a profile on a GPU, its numbers not preserved",
+        t2_most_time,
+    ),
+    Claim(
+        "T3",
+        "training is 4.5 to 10 times slower than nn.Conv2d",
+        lambda f: (
+            f"{f['train_custom'] / f['train_conv']:.3g}× and "
+            f"{f['train_custom_first'] / f['train_conv_first']:.3g}× (GPU, batch 256)"
+        ),
+        t3_training,
+    ),
+    Claim(
+        "T4",
+        "fold is almost free, it copies nothing",
+        lambda f: f"{f['b512_fold'] / f['b512_forward_custom']:.0%} of forward (CPU, 512 images)",
+        t4_fold_free,
+    ),
+    Claim(
+        "T5",
+        "unfold and the product cost about the same",
+        lambda f: f"{f['b512_product'] / f['b512_unfold']:.3g}× (CPU, 512 images)",
+        t5_same_cost,
+    ),
+    Claim(
+        "T6",
+        "backward costs about as much as forward",
+        lambda f: f"{f['b512_backward_custom'] / f['b512_forward_custom']:.3g}× (CPU, 512 images)",
+        t6_backward,
+    ),
+    Claim(
+        "T7",
+        "the extra time per batch comes from unfold and fold",
+        lambda f: f"{_ms(f['train_custom'] - f['train_conv'])} extra (GPU, batch 256)",
+        t7_extra_time,
+    ),
+    Claim(
+        "T8",
+        "with a larger batch both get slower and the ratio stays between 2 and 4",
+        lambda f: (
+            f"forward {f['b512_forward_custom'] / f['b512_forward_conv']:.3g}×, backward "
+            f"{f['b512_backward_custom'] / f['b512_backward_conv']:.3g}× (CPU, 512 images)"
+        ),
+        t8_batch,
+    ),
+    Claim(
+        "T9",
+        "inference is 6 to 7 times slower",
+        lambda f: f"{f['inference_custom'] / f['inference_conv']:.3g}× (GPU)",
+        t9_inference,
+    ),
+    Claim(
+        "T10",
+        "with the library (cuDNN, oneDNN) off, nn.Conv2d is as slow as the custom layer",
+        lambda f: f"{_ms(f['train_cudnn_off'])}, similar to the custom layer (GPU)",
+        t10_library_off,
+    ),
+    Claim(
+        "T11",
+        "the library is much better for these sizes",
+        lambda f: f"{f['train_cudnn_off'] / f['train_cudnn_on']:.3g}× (GPU)",
+        t11_library,
+    ),
+    Claim("T12", "nothing can be done", lambda f: "no figure", t12_nothing),
+)
+
+
+def judge(rows: Iterable[Row]) -> list[tuple[Claim, Verdict]]:
+    """Every claim with its verdict from the rows of one machine and device."""
+    rows = list(rows)
+    return [(claim, claim.judge(rows)) for claim in CLAIMS]
