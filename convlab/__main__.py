@@ -101,25 +101,16 @@ def verdicts(options: argparse.Namespace) -> int:
 
 def verdict_table(rows: Sequence[Row]) -> Table:
     """Claim, the thread's figure, this machine's figure with its interval, verdict and reason."""
-    first = rows[0]
-    flags = first.flags
-    title = f"{first.machine}, {first.device}, torch {first.versions['torch']}"
-    if first.device == "cpu":
-        title += f", {flags['threads']} threads, {flags['allocator']}"
-    title += f", {first.time[:10]}"
-    if " quick-" in first.session:
-        title += " (quick: smaller batches, wider intervals)"
-    table = Table(title=title, show_lines=True, title_justify="left")
+    table = Table(title=thread.title(rows), show_lines=True, title_justify="left")
     for name, ratio in (("claim", 4), ("the thread", 3), ("measured here", 6), ("verdict", 5)):
         table.add_column(name, ratio=ratio)
-    thread_figures = thread.figures()
-    for claim, found in thread.judge(rows):
-        style = STYLES.get(found.verdict, "dim")
+    for claim in thread.table(rows).to_dict("records"):
+        style = STYLES.get(claim["verdict"], "dim")
         table.add_row(
-            escape(f"{claim.id} {claim.text}"),
-            escape(claim.figure(thread_figures)),
-            escape(found.figure.replace("; ", "\n")),
-            f"[bold {style}]{found.verdict}[/]\n{escape(found.reason)}",
+            escape(claim["claim"]),
+            escape(claim["the thread"]),
+            escape(claim["measured"]),
+            f"[bold {style}]{claim['verdict']}[/]\n{escape(claim['reason'])}",
         )
     return table
 

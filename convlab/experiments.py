@@ -50,7 +50,7 @@ class Settings:
     def options(self) -> dict:
         """Options of `timing.interleaved`."""
         if self.quick:
-            return {"seconds": 0.4, "min_rounds": 3, "max_rounds": 15}
+            return {"seconds": 0.4, "min_rounds": 5, "max_rounds": 15}
         return {"seconds": 3.0, "min_rounds": 7, "max_rounds": 40}
 
     def batch(self, images: int) -> int:
@@ -403,3 +403,28 @@ def last_session(rows: Iterable[Row]) -> list[Row]:
     rows = list(rows)
     newest = max((r.session for r in rows), default=None)
     return [r for r in rows if r.session == newest]
+
+
+def latest(names: Sequence[str], settings: Settings, path: str | Path) -> list[Row]:
+    """The rows of the newest finished session with these settings, measured now if there is none.
+
+    For notebooks: what `reproduce` measured on this machine, under these flags, is not measured
+    again.
+    """
+    cases = plan(names, settings)
+    mark = _fingerprint(cases, settings)
+    rows = [r for r in records.read(path) if r.session.endswith(f" {mark}")]
+    if rows and _unfinished(rows, cases, mark)[0] is None:
+        return last_session(rows)
+    return [row for done in run(names, settings, path) for row in done.rows]
+
+
+def measured(rows: Iterable[Row]) -> dict[str, timing.Measurement]:
+    """Algorithm → `Measurement`, from the rows of one case, for `timing.ratios`."""
+    return {
+        r.algorithm: timing.Measurement(
+            tuple(r.samples), 1, r.peak_bytes, r.device, r.flags, *timing.clock(r.device)
+        )
+        for r in rows
+        if r.status == "ok"
+    }

@@ -29,7 +29,8 @@ def caption(device: str = "cpu") -> str:
     flags = machine.flags()
     where = machine.name(device)
     if device == "cpu":
-        where += f", {flags['threads']} threads, {flags['allocator']}"
+        threads = flags["threads"]
+        where += f", {threads} thread{'s' if threads != 1 else ''}, {flags['allocator']}"
     when = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     return f"{where}, torch {machine.versions()['torch']}, {when}"
 
@@ -65,7 +66,7 @@ def table(frame: pd.DataFrame, note: str | None = None, **formats: str) -> None:
     for column, spec in formats.items():
         shown[column] = [_Value(v).__format__(spec) for v in frame[column]]
     foot = html.escape(caption() if note is None else note)
-    style = "text-align:left;white-space:normal;max-width:40em"
+    style = "text-align:left;white-space:pre-line;max-width:40em"
     text = shown.to_html(border=0, justify="left").replace("<td>", f'<td style="{style}">')
     display(HTML(f"{text}<p><small>{foot}</small></p>"))
 

@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from convlab.records import RecordError, Row, data_folder
 from convlab.timing import CONFIDENCE, RESAMPLES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HOLDS, FAILS, DEPENDS, UNKNOWN = "holds", "does not hold", "depends", "not measured here"
 INF = float("inf")
@@ -450,3 +454,30 @@ def judge(rows: Iterable[Row]) -> list[tuple[Claim, Verdict]]:
     """Every claim with its verdict from the rows of one machine and device."""
     rows = list(rows)
     return [(claim, claim.judge(rows)) for claim in CLAIMS]
+
+
+def table(rows: Iterable[Row]) -> pd.DataFrame:
+    """`judge` with the thread's figures: claim, the thread, measured, verdict, reason."""
+    import pandas as pd
+
+    thread_figures = figures()
+    return pd.DataFrame(
+        {
+            "claim": f"{claim.id} {claim.text}",
+            "the thread": claim.figure(thread_figures),
+            "measured": found.figure.replace("; ", "\n"),
+            "verdict": found.verdict,
+            "reason": found.reason,
+        }
+        for claim, found in judge(rows)
+    )
+
+
+def title(rows: Sequence[Row]) -> str:
+    """Machine, device, versions, threads, allocator and date of rows measured together."""
+    first = rows[0]
+    text = f"{first.machine}, {first.device}, torch {first.versions['torch']}"
+    if first.device == "cpu":
+        text += f", {first.flags['threads']} threads, {first.flags['allocator']}"
+    quick = ", quick: smaller batches, wider intervals" if " quick-" in first.session else ""
+    return f"{text}, {first.time[:10]}{quick}"

@@ -1,0 +1,95 @@
+"""Remake the parts of README.md that come from the records: the verdicts and the picture."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from convlab import experiments, plots, records, thread, timing
+from convlab.records import Row
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PICTURE = ROOT / "data" / "answer.png"
+BEGIN, END = "<!-- made by `make readme` from data/records/ -->", "<!-- end -->"
+LABELS = {
+    "native": "nn.Conv2d",
+    "native_channels_last": "nn.Conv2d, NHWC",
+    "native_no_library": "nn.Conv2d, library off",
+    "thread": "the thread's layer",
+    "unfold": "weight first, no fold",
+    "windows": "windows: same idea, other copy",
+}
+
+
+def sessions() -> list[list[Row]]:
+    """The newest session of every recorded machine and device."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for path in records.files():
+        for row in records.read(path):
+            groups.setdefault((row.machine, row.device), []).append(row)
+    return [experiments.last_session(rows) for rows in groups.values()]
+
+
+def verdicts(machines: Sequence[Sequence[Row]]) -> str:
+    """One table in Markdown: a line per claim, a column per machine."""
+    tables = [thread.table(rows) for rows in machines]
+    head = ["Claim of the thread", "Its own figure", *(thread.title(rows) for rows in machines)]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for i, claim in enumerate(tables[0].itertuples()):
+        cells = [claim.claim, tables[0]["the thread"][i]]
+        for table in tables:
+            measured = table["measured"][i].replace("\n", "<br>")
+            cells.append(f"**{table['verdict'][i]}**<br>{measured}")
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def picture(rows: Sequence[Row]):
+    """The largest problem of the experiment "layer": every algorithm against `nn.Conv2d`."""
+    layer = [r for r in rows if r.experiment == "layer" and r.status == "ok"]
+    batch = max(r.problem["batch"] for r in layer)
+    panels = {}
+    for pass_, name in (("forward", "inference"), ("train", "forward and backward")):
+        case = [r for r in layer if r.problem["batch"] == batch and r.pass_ == pass_]
+        panels[name] = timing.ratios(experiments.measured(case), "native")
+    title = f"{batch} images of 50×50 pixels, 10→15 channels, kernel 3"
+    note = thread.title(rows)
+    return plots.ratio_bars(panels, title, note, "nn.Conv2d's", labels=LABELS)
+
+
+def filled(text: str, body: str) -> str:
+    """`text` with what stands between the two marks replaced by `body`."""
+    before, rest = text.split(BEGIN, 1)
+    _, after = rest.split(END, 1)
+    return f"{before}{BEGIN}\n{body}\n{END}{after}"
+
+
+def main() -> int:
+    """Write README.md and the picture; with --check only say whether README.md is up to date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit code 1 if README.md is old")
+    options = parser.parse_args()
+    machines = sessions()
+    if not machines:
+        print("data/records/ holds no records: run make record first", file=sys.stderr)
+        return 2
+    text = README.read_text(encoding="utf-8")
+    new = filled(text, verdicts(machines))
+    if options.check:
+        return int(new != text)
+    README.write_text(new, encoding="utf-8")
+    figure = picture(machines[0])
+    figure.savefig(PICTURE, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    print(f"README.md and {PICTURE.relative_to(ROOT)} made from {len(machines)} machine(s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
