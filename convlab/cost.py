@@ -97,8 +97,10 @@ def steps(
     """The passes over memory that `algorithm` makes for `p` with a weight that requires a gradient.
 
     Raises:
-        ValueError: an algorithm or direction that has not been counted.
+        ValueError: an algorithm, a direction or a number of groups that has not been counted.
     """
+    if p.groups != 1:
+        raise ValueError(f"groups must be 1, since other numbers are not counted, got {p.groups}")
     if (algorithm, direction) not in STEPS:
         known = ", ".join(sorted({name for name, _ in STEPS}))
         raise ValueError(
@@ -109,6 +111,7 @@ def steps(
     return [
         Step(stage, what, itemsize * read, itemsize * written, n_flops, launches)
         for stage, what, read, written, n_flops, launches in STEPS[algorithm, direction](p, s)
+        if p.batch > 1 or what not in NOT_FOR_ONE_IMAGE
     ]
 
 
@@ -206,6 +209,14 @@ def _unfold_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
 def _unfold_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
     return [row for row in _thread_backward(p, s) if row[0] != "fold"]
 
+
+# A single image's matrix, transposed, is what BLAS takes as it is.
+NOT_FOR_ONE_IMAGE = (
+    "transposed columns made contiguous",
+    "columns copied for one large product",
+    "gradient made contiguous",
+    "transposed gradient made contiguous",
+)
 
 STEPS: dict[tuple[str, str], Callable[[ConvProblem, Sizes], list[tuple]]] = {
     ("native", "forward"): _native_forward,

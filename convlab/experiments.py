@@ -113,7 +113,7 @@ def _compare(experiment, problem, algorithms, pass_, settings, candidate) -> lis
         else:
             values |= {"status": status, "device": device}
             rows.append(records.row(experiment, name, problem, pass_, **values))
-    measured = timing.interleaved(functions, device, **settings.options)
+    measured = timing.interleaved(functions, device, **settings.options) if functions else {}
     for name, m in measured.items():
         values = {
             "device": device,
@@ -392,10 +392,22 @@ def _unfinished(
     for r in rows:
         if r.session == session:
             found.setdefault(r.case, []).append(r)
-    done = {name: group for name, group in found.items() if len(group) == group[0].rows_in_case}
+    done = {name: whole for name, group in found.items() if (whole := _whole(group))}
     if session is None or all(case.name in done for case in cases):
         return None, {}
     return session, done
+
+
+def _whole(rows: Sequence[Row]) -> list[Row]:
+    """The newest complete measurement of a case, [] if there is none.
+
+    A run that was killed while it wrote leaves the first rows of a case, and the case is then
+    measured again; rows of two such beginnings are no whole.
+    """
+    count = rows[-1].rows_in_case
+    newest = rows[-count:]
+    different = {(r.algorithm, r.pass_, r.part) for r in newest}
+    return list(newest) if len(different) == count else []
 
 
 def last_session(rows: Iterable[Row]) -> list[Row]:

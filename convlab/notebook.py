@@ -39,7 +39,7 @@ def answer(text: str, summary: str = "Show the answer", **values: object) -> Non
     """Display `text` folded away under `summary`; `values` as in `say`."""
     from IPython.display import HTML, display
 
-    body = _filled(html.escape(text, quote=False), values)
+    body = html.escape(_filled(text, values), quote=False)
     display(HTML(f"<details><summary><b>{html.escape(summary)}</b></summary>{body}</details>"))
 
 
@@ -64,7 +64,8 @@ def table(frame: pd.DataFrame, note: str | None = None, **formats: str) -> None:
 
     shown = frame.copy().astype(object)
     for column, spec in formats.items():
-        shown[column] = [_Value(v).__format__(spec) for v in frame[column]]
+        values = frame[column].astype(object).where(frame[column].notna(), None)
+        shown[column] = [_Value(v).__format__(spec) for v in values]
     foot = html.escape(caption() if note is None else note)
     style = "text-align:left;white-space:pre-line;max-width:40em"
     text = shown.to_html(border=0, justify="left").replace("<td>", f'<td style="{style}">')

@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 STATUSES = ("ok", "wrong", "unsupported", "out of memory")
 PASSES = ("forward", "backward", "train", "")
 DIGITS = 5  # significant digits kept of a time; a clock's own noise is larger
+START = b'{"session": '  # how every line begins; a last line that does not is no truncated record
+NUMBER = (int, float)
+JSON_TYPES = {
+    "str": str,
+    "int": int,
+    "dict": dict,
+    "list[float]": list,
+    "float | None": (*NUMBER, type(None)),
+    "int | None": (int, type(None)),
+}
 
 
 class RecordError(Exception):
@@ -90,7 +100,7 @@ class Row:
         timed = [self.median, self.q25, self.q75, *self.samples]
         if self.status != "ok" and any(value is not None for value in timed):
             raise ValueError(f"a row with status {self.status!r} must carry no time")
-        if any(v is not None and not (math.isfinite(v) and v >= 0) for v in timed):
+        if any(v is not None and not 0 <= v < math.inf for v in timed):
             raise ValueError(f"times must be finite and not negative, got {timed}")
 
     def as_json(self) -> str:
@@ -101,14 +111,23 @@ class Row:
     @classmethod
     def from_json(cls, line: str) -> Row:
         """The inverse of `as_json`; ValueError on anything else."""
-        values = json.loads(line)
+        values = json.loads(line, parse_constant=_refuse)
         if not isinstance(values, dict):
             raise ValueError("not an object")
-        names = {_json_name(f.name): f.name for f in fields(cls)}
-        unknown, missing = values.keys() - names.keys(), REQUIRED - values.keys()
+        known = {_json_name(f.name): f for f in fields(cls)}
+        unknown, missing = values.keys() - known.keys(), REQUIRED - values.keys()
         if unknown or missing:
             raise ValueError(f"unknown fields {sorted(unknown)}, missing {sorted(missing)}")
-        return cls(**{names[k]: v for k, v in values.items()})
+        for name, value in values.items():
+            if not isinstance(value, JSON_TYPES[known[name].type]):
+                raise ValueError(f"{name} must be {known[name].type}, got {value!r}")
+        if not all(isinstance(value, NUMBER) for value in values.get("samples", [])):
+            raise ValueError("samples must be numbers")
+        return cls(**{known[k].name: v for k, v in values.items()})
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"numbers must be finite, got {constant}")
 
 
 def _json_name(name: str) -> str:
@@ -176,7 +195,8 @@ def append(path: str | Path, rows: Sequence[Row]) -> None:
     A truncated last line, left by a killed run, is cut off first, with a warning.
 
     Raises:
-        RecordError: the folder or the disk does not take them; what was there stays.
+        RecordError: the folder or the disk does not take them, or the file ends with a line that
+            is no record; what was there stays.
     """
     from filelock import FileLock
 
@@ -184,7 +204,8 @@ def append(path: str | Path, rows: Sequence[Row]) -> None:
     data = "".join(r.as_json() + "\n" for r in rows).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"), open(path, "ab") as file:
+        _refuse_devices(path)
+        with FileLock(f"{path}.lock").acquire(poll_interval=0.005), open(path, "ab") as file:
             _cut_truncated_line(path, file)
             end = file.seek(0, os.SEEK_END)
             try:
@@ -200,6 +221,12 @@ def append(path: str | Path, rows: Sequence[Row]) -> None:
         ) from error
 
 
+def _refuse_devices(path: Path) -> None:
+    """A folder, and a pipe or device, whose end may never come."""
+    if path.exists() and not path.is_file():
+        raise RecordError(f"{path}: not a regular file")
+
+
 def _write_all(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
@@ -210,29 +237,41 @@ def _cut_truncated_line(path: Path, file) -> None:
     whole = text.rfind(b"\n") + 1
     if whole == len(text):
         return
-    try:
-        Row.from_json(text[whole:].decode())
-    except ValueError:
-        _warn_truncated(path, text.count(b"\n") + 1)
+    number = text.count(b"\n") + 1
+    if _parsed(path, number, text[whole:], last=True) is None:
+        _warn_truncated(path, number)
         file.truncate(whole)
     else:
         os.write(file.fileno(), b"\n")
 
 
+def _parsed(path: Path, number: int, line: bytes, last: bool) -> Row | None:
+    """The row of a line; None for the beginning of one at the end of the file, else RecordError."""
+    try:
+        return Row.from_json(line.decode())
+    except (ValueError, RecursionError) as error:
+        incomplete = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+        if last and incomplete and line[: len(START)] == START[: len(line)]:
+            return None
+        raise RecordError(f"{path}, line {number}: not a record: {error}") from None
+
+
 def _warn_truncated(path: Path, line: int) -> None:
-    warnings.warn(f"{path}, line {line}: truncated last line dropped", stacklevel=4)
+    # Always from this line, so that Python shows the same warning once per run.
+    warnings.warn(f"{path}, line {line}: truncated last line dropped", stacklevel=1)
 
 
 def read(path: str | Path) -> list[Row]:
     """Every row of the file, oldest first; nothing if there is no such file.
 
-    A last line without its end is dropped with a warning.
+    The beginning of a row at the end of the file, left by a killed run, is dropped with a warning.
 
     Raises:
         RecordError: any other line that is not a row; names file and line.
     """
     path = Path(path)
     try:
+        _refuse_devices(path)
         data = path.read_bytes()
     except FileNotFoundError:
         return []
@@ -244,13 +283,11 @@ def read(path: str | Path) -> list[Row]:
         last = number == len(lines)
         if last and not line:
             break
-        try:
-            rows.append(Row.from_json(line.decode()))
-        except (ValueError, TypeError) as error:
-            if last:
-                _warn_truncated(path, number)
-                break
-            raise RecordError(f"{path}, line {number}: not a record: {error}") from None
+        row = _parsed(path, number, line, last)
+        if row is None:
+            _warn_truncated(path, number)
+        else:
+            rows.append(row)
     return rows
 
 

@@ -30,6 +30,7 @@ Function = Callable[[], object]
 
 BLOCK_SECONDS = 2e-3  # a CPU sample lasts at least this long: 10,000 ticks of a 0.2 µs clock call
 EVENT_RESOLUTION = 0.5e-6  # seconds, documented for cudaEventElapsedTime
+SETTLING_CALLS = 3  # untimed, after a candidate's flags are set: malloc and thread pool settle
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 
@@ -175,7 +176,7 @@ def ratios(
             "median": m.median,
             "q25": m.q25,
             "q75": m.q75,
-            "ratio": m.median / base.median,
+            "ratio": m.median / base.median if base.median else float("nan"),
             "ratio_low": low,
             "ratio_high": high,
             "rounds": len(m.samples),
@@ -204,7 +205,10 @@ def interleaved(
         seconds: about how long the rounds take together, within `min_rounds` … `max_rounds`.
     """
     device = parse_device(device)
+    if not candidates:
+        return {}
     items = {k: c if isinstance(c, Candidate) else Candidate(c) for k, c in candidates.items()}
+    settle = {name: SETTLING_CALLS if item.flags else 0 for name, item in items.items()}
     flags, calls, round_seconds = {}, {}, 0.0
     for name, item in items.items():
         with machine.setting(**item.flags):
@@ -212,7 +216,7 @@ def interleaved(
             item()
             once = _once(item.fn, device)
             calls[name] = max(1, round(BLOCK_SECONDS / once)) if device.type == "cpu" else 1
-            round_seconds += once * calls[name]
+            round_seconds += once * (calls[name] + settle[name])
     rounds = int(min(max(seconds / round_seconds, min_rounds), max_rounds))
     order, samples = list(items), {name: [] for name in items}
     shuffle = random.Random(seed).shuffle
@@ -220,6 +224,8 @@ def interleaved(
         shuffle(order)
         for name in order:
             with machine.setting(**items[name].flags):
+                for _ in range(settle[name]):
+                    items[name]()
                 found = _sample(items[name].fn, device, calls[name], clear_cache)
                 changed = _differing(flags[name], machine.flags())
             if changed:
@@ -262,7 +268,10 @@ def ratio_interval(
     generator = np.random.default_rng(seed)
     i = generator.integers(len(a), size=(RESAMPLES, len(a)))
     j = i if len(a) == len(b) else generator.integers(len(b), size=(RESAMPLES, len(b)))
-    drawn = np.median(a[i], axis=1) / np.median(b[j], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = np.median(a[i], axis=1) / np.median(b[j], axis=1)
+    if not np.isfinite(drawn).all():  # a clock too coarse for what it timed shows zero
+        return 0.0, float("inf")
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

@@ -53,9 +53,11 @@ class Algorithm:
         """x (N, C, H, W) or (C, H, W), weight (K, C / groups, kh, kw) → (N, K, OH, OW).
 
         Same meaning and same errors as `torch.nn.functional.conv2d`; ValueError where
-        `supports` gives a reason.
+        `supports` gives a reason, or where only the library takes the arguments (integer and
+        complex numbers).
         """
         try:
+            x, weight, bias = _autocast(x, weight, bias)
             pad = padding if isinstance(padding, str) else _two(padding)
             sizes = _two(stride), pad, _two(dilation), groups
             valid = _valid(x, weight, bias, *sizes)
@@ -63,7 +65,10 @@ class Algorithm:
             valid = False
         if not valid:
             # The reference is asked, so that a bad call fails here exactly as it fails there.
-            return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+            y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+            if not self.library:
+                raise ValueError(f"{self.name} needs floating-point tensors, got {x.dtype}")
+            return y
         if x.dim() == 3:
             return self(x[None], weight, bias, *sizes)[0]
         stride, padding, dilation, groups = sizes
@@ -106,6 +111,15 @@ def problem_of(x: Tensor, weight: Tensor, stride, padding, dilation, groups) -> 
 def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     """y (N, K, OH, OW) + bias (K,), in place: y must be the caller's own."""
     return y if bias is None else y.add_(bias[:, None, None])
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on, as it treats `F.conv2d`."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)
 
 
 def _two(value: int | Sequence[int]) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ class _Columns(torch.autograd.Function):
     def forward(ctx, x, *sizes):
         ctx.shape, ctx.sizes = x.shape, sizes
         n, c, kh, kw, oh, ow = (view := planes(x, *sizes)).shape
-        return view.reshape(n, c * kh * kw, oh * ow)
+        return view.reshape(n, c * kh * kw, oh * ow).contiguous()  # kernel 1 may give a view
 
     @staticmethod
     def backward(ctx, grad):

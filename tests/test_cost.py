@@ -1,0 +1,135 @@
+"""What is counted on paper is what PyTorch counts and what its allocator hands out."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from drawn import problems
+from hypothesis import assume, given, settings
+from torch.utils.flop_counter import FlopCounterMode
+
+from convlab import ALGORITHMS, PROBLEMS, ConvProblem, cost, timing
+
+
+@given(problem=problems())
+@settings(max_examples=100)
+def test_flops_are_those_of_the_flop_counter(problem):
+    x, weight, _ = problem.inputs(requires_grad=True)
+    with counter() as forward:
+        F.conv2d(x, weight, **problem.kwargs)
+    assert cost.flops(problem) == forward.get_total_flops()
+
+    # Group by group: FlopCounterMode counts the gradient of a grouped weight `groups` times.
+    sizes = problem.kwargs | {"groups": 1}
+    pieces = zip(x.chunk(problem.groups, 1), weight.chunk(problem.groups), strict=True)
+    outputs = [F.conv2d(a, w, **sizes) for a, w in pieces]
+    with counter() as backward:
+        torch.autograd.grad(sum(y.sum() for y in outputs), [x, weight])
+    assert cost.flops(problem, "backward") == backward.get_total_flops()
+    assert cost.flops(problem, "train") == forward.get_total_flops() + backward.get_total_flops()
+
+
+counter = functools.partial(FlopCounterMode, display=False)
+
+
+@given(problem=problems())
+def test_compulsory_bytes_are_those_of_the_tensors(problem):
+    x, weight, _ = problem.inputs(dtype="float64")
+    y = F.conv2d(x, weight, **problem.kwargs)
+    forward = sum(t.nbytes for t in (x, weight, y))
+    backward = sum(t.nbytes for t in (y, x, weight, x, weight))
+    assert cost.compulsory_bytes(problem, itemsize=8) == forward
+    assert cost.compulsory_bytes(problem, itemsize=8, direction="backward") == backward
+    assert cost.compulsory_bytes(problem, itemsize=8, direction="train") == forward + backward
+
+
+def runs(algorithm, problem):
+    x, weight, _ = problem.inputs()
+    weight.requires_grad_()
+    return functools.partial(ALGORITHMS[algorithm], x, weight, **problem.kwargs)
+
+
+def assume_counted_exactly(problem):
+    """No axis of length 1 that makes a transpose free, no lopsided "same" that pads first."""
+    _, channels, height, width = problem.output_shape
+    assume(1 not in (problem.taps, height * width, channels // problem.groups))
+    assume(all(before == after for before, after in problem.pads))
+
+
+@pytest.mark.parametrize("algorithm", ["thread", "unfold"])
+@given(problem=problems())
+@settings(max_examples=20)
+def test_peak_memory_is_what_is_measured(algorithm, problem):
+    assume_counted_exactly(problem)
+    measured = timing.peak_bytes(runs(algorithm, problem))
+    assert cost.peak_bytes(algorithm, problem) == measured
+
+
+@pytest.mark.parametrize("algorithm", ["thread", "unfold"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"batch": 1}, {"stride": 2}, {"groups": 5}, {"kernel_size": 1, "padding": 0}],
+    ids=str,
+)
+def test_peak_memory_of_the_threads_problem(algorithm, changes):
+    problem = PROBLEMS["thread_b2"].replace(**changes)
+    assert cost.peak_bytes(algorithm, problem) == timing.peak_bytes(runs(algorithm, problem))
+
+
+@pytest.mark.parametrize("algorithm", ["thread", "unfold"])
+@given(problem=problems(min_batch=2, groups=(1,)))
+@settings(max_examples=20)
+def test_what_the_steps_write_is_what_is_allocated(algorithm, problem):
+    assume_counted_exactly(problem)
+    sizes = cost.Sizes.of(problem)
+    assume(sizes.columns > sizes.x)
+    written = sum(step.written for step in cost.steps(algorithm, problem))
+    first_output_of_unfold = 4 * sizes.x
+    measured = timing.allocated_bytes(runs(algorithm, problem))
+    assert written + first_output_of_unfold == measured
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("algorithm", ["native", "thread", "unfold"])
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLEMS))
+def test_steps_do_the_arithmetic_once_and_move_no_less_than_they_must(
+    algorithm, problem, direction
+):
+    steps = cost.steps(algorithm, problem, direction=direction)
+    assert sum(step.flops for step in steps) == cost.flops(problem, direction)
+    moved = cost.moved_bytes(algorithm, problem, direction=direction)
+    assert moved == sum(step.read + step.written for step in steps)
+    assert moved >= cost.compulsory_bytes(problem, direction=direction)
+    assert cost.launches(algorithm, problem, direction) == sum(step.launches for step in steps)
+
+
+def test_the_thread_launches_one_unfold_per_image():
+    for batch in (2, 64):
+        problem = PROBLEMS["thread_b2"].replace(batch=batch)
+        assert cost.launches("thread", problem) == batch + 4
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_memory():
+    problem = ConvProblem(1, 1, 1, 3, 3, kernel_size=3)
+    flops, moved = 2 * 9, 4 * (9 + 9 + 1)
+    assert cost.floor_seconds(problem, cost.Ceilings(2.0, 1e9)) == flops / 2
+    assert cost.floor_seconds(problem, cost.Ceilings(1e9, 2.0)) == moved / 2
+    assert cost.floor_seconds(problem, cost.Ceilings(1e9, 2.0), itemsize=2) == moved / 4
+    assert cost.intensity(problem) == flops / moved
+
+
+@pytest.mark.parametrize(
+    ("call", "value"),
+    [
+        (lambda p: cost.steps("winograd3", p), "'winograd3'"),
+        (lambda p: cost.steps("thread", p, direction="sideways"), "'sideways'"),
+        (lambda p: cost.moved_bytes("winograd3", p), "'winograd3'"),
+        (lambda p: cost.peak_bytes("native", p), "'native'"),
+        (lambda p: cost.flops(p, "sideways"), "'sideways'"),
+        (lambda p: cost.compulsory_bytes(p, direction="sideways"), "'sideways'"),
+    ],
+)
+def test_bad_names_are_named(call, value):
+    with pytest.raises(ValueError, match=rf"(algorithm|direction) must be one of .*got .*{value}"):
+        call(PROBLEMS["thread_b2"])
