@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,6 +27,9 @@ INTERRUPTED, BAD_INPUT = 130, 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 after one sentence on bad input, or 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal or a pipe that cannot show "×"
     options = _parser().parse_args(arguments)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
@@ -32,10 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RecordError) as error:
         print(f"convlab: {error}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return INTERRUPTED
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad input gets one sentence, as everywhere else."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"convlab: {message}; {self.prog} --help lists what there is\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m convlab", description=__doc__)
+    parser = _Parser(prog="python -m convlab", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
         ("reproduce", reproduce, "the thread's analysis on this machine, ending with the verdicts"),
@@ -62,7 +77,7 @@ def reproduce(options: argparse.Namespace) -> int:
     if code == 0:
         console = Console()
         console.print(verdict_table(rows))
-        console.print(f"Rows: {_short(path)}", soft_wrap=True, highlight=False)
+        console.print(f"Rows: {escape(_short(path))}", soft_wrap=True, highlight=False)
         console.print(
             "Next: make lab, then notebooks/00_start_here.ipynb: the same claims, explained.",
             soft_wrap=True,
@@ -75,7 +90,9 @@ def record(options: argparse.Namespace) -> int:
     """Measure every experiment and keep the rows in data/records/."""
     code, rows, path = _measure(options, tuple(experiments.EXPERIMENTS), records.recorded_file)
     if code == 0:
-        Console().print(f"{len(rows)} rows: {_short(path)}", soft_wrap=True, highlight=False)
+        Console().print(
+            f"{len(rows)} rows: {escape(_short(path))}", soft_wrap=True, highlight=False
+        )
     return code
 
 
@@ -101,7 +118,7 @@ def verdicts(options: argparse.Namespace) -> int:
 
 def verdict_table(rows: Sequence[Row]) -> Table:
     """Claim, the thread's figure, this machine's figure with its interval, verdict and reason."""
-    table = Table(title=thread.title(rows), show_lines=True, title_justify="left")
+    table = Table(title=escape(thread.title(rows)), show_lines=True, title_justify="left")
     for name, ratio in (("claim", 4), ("the thread", 3), ("measured here", 6), ("verdict", 5)):
         table.add_column(name, ratio=ratio)
     for claim in thread.table(rows).to_dict("records"):
@@ -120,7 +137,9 @@ def _measure(options, names, default_file) -> tuple[int, list[Row], Path]:
     _set_threads(options.threads)
     path = options.output or default_file(settings.device)
     console = Console(stderr=True)
-    console.print(f"{machine.name(settings.device)}, {len(names)} experiments", highlight=False)
+    console.print(
+        f"{escape(machine.name(settings.device))}, {len(names)} experiments", highlight=False
+    )
     rows: list[Row] = []
     start = time.perf_counter()
     try:

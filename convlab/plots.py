@@ -5,9 +5,11 @@ The colours are Okabe and Ito's, told apart by colour-blind readers.
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
@@ -16,6 +18,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from convlab.pitfalls import factor_text
 from convlab.timing import seconds
 
 if TYPE_CHECKING:
@@ -166,6 +169,41 @@ def lines(
         return finish(figure, note)
 
 
+def ratio_bars(
+    panels: Mapping[str, pd.DataFrame],
+    title: str,
+    note: str,
+    one: str,
+    labels: Mapping[str, str] | None = None,
+) -> Figure:
+    """One panel per table of `compare`: how many times as long as the baseline, with intervals.
+
+    Args:
+        one: what the ratio 1 is, written at its line.
+        labels: name → what the axis says in its place.
+    """
+    with theme():
+        rows = max(map(len, panels.values()))
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(9, 0.45 * rows + 1.6), sharey=True, squeeze=False
+        )
+        for axis, (name, frame) in zip(axes[0], panels.items(), strict=True):
+            names = [(labels or {}).get(n, n) for n in frame.index]
+            spread = [frame["ratio"] - frame["ratio_low"], frame["ratio_high"] - frame["ratio"]]
+            fill = [COLOURS.get(n, OTHER) for n in frame.index]
+            axis.barh(names, frame["ratio"], xerr=np.clip(spread, 0, None), color=fill, capsize=3)
+            top = frame["ratio_high"].max()
+            for y, (_, row) in enumerate(frame.iterrows()):
+                text = f"{row['ratio']:.2g}×  {seconds(row['median'])}"
+                axis.text(row["ratio_high"] + 0.03 * top, y, text, va="center", fontsize=9)
+            axis.axvline(1, color="black", linestyle=":")
+            axis.set(xlim=(0, 1.5 * top), title=name, xlabel=f"time / {one}")
+            axis.grid(False, axis="y")
+        axes[0, 0].invert_yaxis()
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        return finish(figure, note)
+
+
 def _end_labels(axes, ends: Mapping[str, Sequence[float]]) -> None:
     """Names beside the ends of their lines, moved apart where they would overlap."""
     axes.figure.canvas.draw()
@@ -186,37 +224,35 @@ def _end_labels(axes, ends: Mapping[str, Sequence[float]]) -> None:
         )
 
 
-def errors(contrasts: Mapping[str, object], title: str, note: str) -> Figure:
+def errors(contrasts: Mapping[str, object], title: str, note: str, limit: float = 300) -> Figure:
     """One horizontal bar per mistake from 1 (no error) to its factor, with its spread; log axis.
 
     Args:
         contrasts: name → `convlab.pitfalls.Contrast`, or anything with its factor, low, high and
             noticeable.
+        limit: bars end at this factor and at 1 / this; their labels do not.
     """
     slow, fast, none = COLOURS["thread"], COLOURS["native"], COLOURS["native_no_library"]
     with theme():
         figure, axes = plt.subplots(figsize=(8.5, 0.36 * len(contrasts) + 1.7))
-        ends = [1.0, *(v for c in contrasts.values() for v in (c.low, c.high))]
-        low, high = min(ends), max(ends)
-        room = (high / low) ** 0.3
         axes.set_xscale("log")
-        axes.set_xlim(low / 1.3, max(high * room, 2))
+        low, high = 0.5, 2.0
         for y, c in enumerate(contrasts.values()):
             colour = none if not c.noticeable else slow if c.factor > 1 else fast
-            axes.barh(y, c.factor - 1, left=1, color=colour, height=0.65)
-            axes.hlines(y, c.low, c.high, color="black", lw=1.5)
-            text = f"{c.factor:.3g}" if c.factor >= 0.1 else f"1/{1 / c.factor:.3g}"
-            text += "" if c.noticeable else "  within the noise"
-            axes.text(max(c.high, 1) * 1.08, y, text, va="center")
+            start, end, middle = np.clip([c.low, c.high, c.factor], 1 / limit, limit)
+            axes.barh(y, middle - 1, left=1, color=colour, height=0.65)
+            axes.hlines(y, start, end, color="black", lw=1.5)
+            text = factor_text(c.factor) + ("" if c.noticeable else ", within the noise")
+            axes.text(max(end, 1) * 1.1, y, text, va="center")
+            low, high = min(low, start), max(high, end)
+        axes.set_xlim(low / 1.3, high * (high / low) ** 0.4)
         axes.set_yticks(range(len(contrasts)), list(contrasts))
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.axvline(1, color="black", lw=1)
-        axes.xaxis.set_major_formatter(FuncFormatter(_as_factor))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: factor_text(value)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(
-            "wrong number / right number (1 = no error; left: too low, right: too high)"
-        )
+        axes.set_xlabel("wrong / right number (1 = no error; left: too low, right: too high)")
         axes.set_title(title)
         return finish(figure, note)
 
@@ -249,5 +285,84 @@ def timeline(
         return finish(figure, note)
 
 
-def _as_factor(value: float, _: object) -> str:
-    return f"{value:g}" if value >= 1 else f"1/{1 / value:g}"
+def stage_shares(shares: pd.DataFrame, title: str, note: str) -> Figure:
+    """Stacked horizontal bars: one per row of `shares`, its columns as shares of a total of 1."""
+    with theme():
+        figure, axes = plt.subplots(figsize=(8.5, 0.5 * len(shares) + 1.8))
+        left = np.zeros(len(shares))
+        for stage in shares:
+            width = shares[stage].clip(lower=0).to_numpy()
+            colour = STAGE_COLOURS.get(stage, OTHER)
+            axes.barh(list(shares.index), width, left=left, color=colour, label=stage)
+            for y, value in enumerate(width):
+                if value >= 0.06 and stage != "remainder":
+                    axes.text(left[y] + value / 2, y, f"{value:.0%}", ha="center", va="center")
+            left += width
+        axes.axvline(1, color="black", lw=2, label="measured as a whole")
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.set_xlim(0, max(1.02, 1.02 * left.max()))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        axes.set_title(title)
+        axes.legend(
+            ncols=5, loc="upper left", bbox_to_anchor=(-0.3, -0.4 / len(shares)), frameon=False
+        )
+        return finish(figure, note)
+
+
+OPERATOR_COLOURS = {
+    "aten::im2col": "#E69F00",
+    "aten::copy_": "#D55E00",
+    "aten::mm": "#009E73",
+    "aten::col2im": "#CC79A7",
+}
+
+
+def trace(path: str | Path, title: str, note: str) -> Figure:
+    """The operators in a file of `stages.save_trace` over time, callees below their callers.
+
+    What takes less than 0.2 % of the whole is not drawn; a name is written where it fits.
+    """
+    spans = _spans(json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"])
+    whole = max(end for _, end, _, _ in spans)
+    depths = 1 + max(depth for *_, depth in spans)
+    with theme():
+        figure, axes = plt.subplots(figsize=(9, 0.36 * depths + 1.9))
+        for start, end, name, depth in spans:
+            colour = OPERATOR_COLOURS.get(name, "#DDDDDD")
+            axes.barh(depth, end - start, 0.85, left=start, color=colour, edgecolor="white", lw=0.5)
+            text = name.removeprefix("aten::")
+            if len(text) * 0.08 < 8 * (end - start) / whole:  # inches
+                axes.text((start + end) / 2, depth, text, ha="center", va="center", fontsize=9)
+        backward = [start for start, _, name, _ in spans if name.endswith("Backward0")]
+        if backward:
+            axes.axvline(min(backward), color="black", ls="--", lw=1)
+            axes.text(min(backward), -0.7, " backward", va="bottom")
+        for name, colour in OPERATOR_COLOURS.items():
+            axes.barh(0, 0, color=colour, label=name)
+        axes.barh(0, 0, color="#DDDDDD", label="others")
+        axes.set(xlim=(0, whole), ylim=(depths - 0.4, -1.3), yticks=[], title=title)
+        axes.grid(False, axis="y")
+        time_axis(axes.xaxis)
+        axes.legend(ncols=5, loc="upper left", bbox_to_anchor=(0, -0.12), frameon=False)
+        return finish(figure, note)
+
+
+def _spans(events: Sequence[Mapping]) -> list[tuple[float, float, str, int]]:
+    """(start, end, name, depth) of the operators, in seconds; autograd's own wrappers left out."""
+    found = [
+        (e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6, e["name"])
+        for e in events
+        if e.get("cat") == "cpu_op" and not e["name"].startswith("autograd::")
+    ]
+    found.sort(key=lambda span: (span[0], -span[1]))
+    first, whole = found[0][0], max(end for _, end, _ in found) - found[0][0]
+    open_, spans = [], []
+    for start, end, name in found:
+        if end - start < 0.002 * whole:
+            continue
+        while open_ and open_[-1] <= start:
+            open_.pop()
+        spans.append((start - first, end - first, name, len(open_)))
+        open_.append(end)
+    return spans

@@ -164,7 +164,8 @@ def _marked_pass(
 
 def _parts(names: list[str], marks: list, start, end, elapsed: Callable) -> dict[str, float]:
     parts = {name: elapsed(*marks[i : i + 2]) for i, name in enumerate(names)}
-    return {**parts, "remainder": elapsed(start, end) - sum(parts.values())}
+    remainder = elapsed(start, end) - sum(parts.values())
+    return {**parts, "remainder": max(remainder, 0.0)}  # CUDA events round each time on its own
 
 
 def _ordinary_pass(

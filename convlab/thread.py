@@ -81,9 +81,12 @@ def figures() -> dict[str, float]:
     path = data_folder() / "thread.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {f["name"]: f["seconds"] for f in content["figures"]}
-    except (OSError, ValueError, KeyError) as error:
+        found = {f["name"]: f["seconds"] for f in content["figures"]}
+        for claim in CLAIMS:
+            claim.figure(found)
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise RecordError(f"{path}: cannot read the thread's figures: {error}") from error
+    return found
 
 
 # Figures from rows
@@ -94,9 +97,13 @@ def statistic(where: str, formula: Callable, *samples: Sequence[float]) -> Inter
     rounds = min(map(len, samples))
     data = np.array([s[:rounds] for s in samples])
     picks = np.random.default_rng(0).integers(rounds, size=(RESAMPLES, rounds))
-    drawn = formula(*np.median(data[:, picks], axis=2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(formula(*np.median(data, axis=1)))
+        drawn = formula(*np.median(data[:, picks], axis=2))
+    if not np.isfinite(drawn).all():  # a clock too coarse for what it timed shows zero
+        return Interval(where, value, -INF, INF)
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(where, float(formula(*np.median(data, axis=1))), float(low), float(high))
+    return Interval(where, value, float(low), float(high))
 
 
 def cases(rows: Iterable[Row], experiment: str, pass_: str = "") -> list[dict[str, Row]]:
@@ -104,7 +111,7 @@ def cases(rows: Iterable[Row], experiment: str, pass_: str = "") -> list[dict[st
     found: dict[tuple, dict[str, Row]] = {}
     for r in rows:
         staged = experiment == "stages"
-        if r.experiment == experiment and r.status == "ok" and (staged or r.pass_ == pass_):
+        if r.experiment == experiment and r.samples and (staged or r.pass_ == pass_):
             key = f"{r.pass_}:{r.part}" if staged else r.algorithm
             found.setdefault((r.problem.get("batch", 0), r.case, r.session), {})[key] = r
     return [found[key] for key in sorted(found)]
@@ -170,7 +177,9 @@ def copies_text(facts: dict[str, dict], *names: str) -> str:
     parts = []
     for name in names:
         times = facts[name]["bytes_written"] / facts[name]["bytes_in"]
-        parts.append(f"{name} {'is a view' if facts[name]['view'] else f'writes {times:.3g}×'}")
+        parts.append(
+            f"{name} " + ("is a view" if facts[name]["view"] else f"writes {times:.3g}× its input")
+        )
     return ", ".join(parts)
 
 
@@ -180,7 +189,7 @@ def t1_views(rows: Sequence[Row]) -> Verdict:
     if not facts.keys() >= set(names):
         return missing()
     views = [facts[name]["view"] for name in names]
-    figure = copies_text(facts, *names) + " its input's bytes"
+    figure = copies_text(facts, *names)
     if all(views):
         return Verdict(HOLDS, figure, "Both results share their input's memory.")
     if any(views):
@@ -269,16 +278,21 @@ def t7_extra_time(rows: Sequence[Row]) -> Verdict:
         return (u1 + u2 + f1 + f2) / ((t1 + t2) * (1 - inverse))
 
     steps = {where(c["thread"]): c for c in cases(rows, "step", "train") if "thread" in c}
-    found = []
+    found, equal = [], []
     for case in cases(rows, "stages"):
         step = steps.get(where(next(iter(case.values()))))
         if step is None or "native" not in step:
             continue
-        inverse = np.divide(step["native"].samples, step["thread"].samples)
+        rounds = zip(step["native"].samples, step["thread"].samples)
+        inverse = [native / thread if thread else INF for native, thread in rounds]
         keys = [f"{d}:{p}" for p in ("unfold", "fold", "total") for d in ("forward", "backward")]
-        if np.median(inverse) < 1 and all(k in case for k in keys):
+        if np.median(inverse) >= 1:
+            equal.append(where(step["native"]))
+        elif all(k in case for k in keys):
             samples = [case[k].samples for k in keys]
             found.append(statistic(where(step["native"]), share, *samples, inverse))
+    if equal and not found:
+        return Verdict(DEPENDS, "–", f"The layer takes no extra time for {' and '.join(equal)}.")
     return decide(
         found,
         0.8,
@@ -478,6 +492,7 @@ def title(rows: Sequence[Row]) -> str:
     first = rows[0]
     text = f"{first.machine}, {first.device}, torch {first.versions['torch']}"
     if first.device == "cpu":
-        text += f", {first.flags['threads']} threads, {first.flags['allocator']}"
+        threads = first.flags["threads"]
+        text += f", {threads} thread{'s' if threads != 1 else ''}, {first.flags['allocator']}"
     quick = ", quick: smaller batches, wider intervals" if " quick-" in first.session else ""
     return f"{text}, {first.time[:10]}{quick}"

@@ -1,0 +1,411 @@
+"""Every rule holds, fails and stays undecided on the rows that say so, and on no others."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convlab import records, thread
+from convlab.problem import thread_problem
+from convlab.records import RecordError
+from convlab.thread import DEPENDS, FAILS, HOLDS, UNKNOWN, Interval
+
+SESSION = "2030-01-01 full-0"
+ROUNDS = 11
+
+
+def samples(seconds, spread=0.002):
+    """A number: samples around it; a pair: samples that are half the one, half the other."""
+    if isinstance(seconds, tuple):
+        return [seconds[i % 2] for i in range(ROUNDS)]
+    return [seconds * (1 + spread * (7 * i % ROUNDS - ROUNDS // 2)) for i in range(ROUNDS)]
+
+
+def row(experiment, algorithm, pass_, batch, seconds, part=""):
+    taken = samples(seconds)
+    case = f"{experiment}/b{batch}/{pass_ if experiment != 'stages' else algorithm}"
+    values = {"session": SESSION, "case": case, "part": part, "samples": taken}
+    return records.row(
+        experiment, algorithm, thread_problem(batch), pass_, median=np.median(taken), **values
+    )
+
+
+def case(experiment, pass_, batch=256, **seconds):
+    return [row(experiment, name, pass_, batch, s) for name, s in seconds.items()]
+
+
+def stages(batch=256, forward=(2, 1, 1), backward=(2, 1, 1), totals=None):
+    """unfold, product and fold, and the totals, which are their sums if not given."""
+    found = []
+    pairs = (("forward", forward), ("backward", backward))
+    for index, (pass_, times) in enumerate(pairs):
+        total = totals[index] if totals else sum(times)
+        for part, seconds in zip(("unfold", "product", "fold", "total"), (*times, total)):
+            found.append(row("stages", "thread", pass_, batch, seconds, part))
+    return found
+
+
+def storage(unfold=False, fold=False):
+    """Whether F.unfold and F.fold are views."""
+    return [
+        records.row(
+            "storage",
+            "thread",
+            thread_problem(2),
+            "forward",
+            part=part,
+            extra={"view": view, "bytes_in": 100, "bytes_written": 0 if view else written},
+        )
+        for part, view, written in (("F.unfold", unfold, 900), ("F.fold", fold, 100))
+    ]
+
+
+def batches(*ratios, native=1.0):
+    """The thread's layer so many times slower than native at growing batches, both passes."""
+    return [
+        r
+        for index, ratio in enumerate(ratios)
+        for pass_ in ("forward", "train")
+        for r in case("batch", pass_, 4**index, native=native, thread=ratio)
+    ]
+
+
+def steps(pass_="train", **seconds):
+    return case("step", pass_, **seconds)
+
+
+NOISY = (0.1, 10.0)  # samples that lie on both sides of every edge
+
+# Claim → what its rule says → rows
+EXAMPLES = {
+    "T1": {
+        HOLDS: [storage(True, True)],
+        FAILS: [storage(False, False)],
+        DEPENDS: [storage(True, False), storage(False, True)],
+        UNKNOWN: [storage()[:1]],
+    },
+    "T2": {
+        HOLDS: [stages(forward=(2, 1, 1), backward=(2, 1, 1)), stages(64) + stages(256)],
+        FAILS: [stages(forward=(1, 4, 1), backward=(1, 4, 1))],
+        DEPENDS: [
+            stages(forward=(NOISY, 1, 1), backward=(NOISY, 1, 1), totals=(4, 4)),
+            stages(2) + stages(64, (1, 4, 1), (1, 4, 1)),
+            stages(2) + stages(64, (NOISY, 1, 1), (NOISY, 1, 1), (4, 4)),
+        ],
+        UNKNOWN: [stages()[:-1], stages()[4:]],
+    },
+    "T3": {
+        HOLDS: [steps(native=1, thread=6)],
+        FAILS: [steps(native=1, thread=3), steps(native=1, thread=12)],
+        DEPENDS: [steps(native=1, thread=(3, 6)), steps(native=1, thread=(6, 12))],
+        UNKNOWN: [steps(native=1), steps(thread=6), steps("forward", native=1, thread=6)],
+    },
+    "T4": {
+        HOLDS: [storage(fold=True) + stages(forward=(2, 1, 0.1))],
+        FAILS: [
+            storage() + stages(forward=(2, 1, 1)),
+            storage(fold=True) + stages(forward=(2, 1, 1)),
+            storage() + stages(forward=(2, 1, NOISY), totals=(4, 4)),
+        ],
+        DEPENDS: [
+            storage() + stages(forward=(2, 1, 0.1)),
+            storage(fold=True) + stages(forward=(2, 1, (0.01, 1)), totals=(4, 4)),
+        ],
+        UNKNOWN: [storage(), stages(), storage()[:1] + stages()],
+    },
+    "T5": {
+        HOLDS: [stages(forward=(1, 1.5, 1)), stages(forward=(1.5, 1, 1))],
+        FAILS: [stages(forward=(1, 3, 1)), stages(forward=(3, 1, 1))],
+        DEPENDS: [
+            stages(forward=(1, NOISY, 1), totals=(4, 4)),
+            stages(2, (1, 1, 1)) + stages(64, (3, 1, 1)),
+        ],
+        UNKNOWN: [stages()[4:]],
+    },
+    "T6": {
+        HOLDS: [stages(backward=(3, 2, 1))],
+        FAILS: [stages(backward=(6, 4, 2)), stages(backward=(0.2, 0.2, 0.2))],
+        DEPENDS: [stages(totals=(4, (1, 20))), stages(2) + stages(64, backward=(9, 9, 9))],
+        UNKNOWN: [stages()[:4]],
+    },
+    "T7": {
+        HOLDS: [steps(native=1, thread=5) + stages()],
+        FAILS: [steps(native=1, thread=5) + stages(forward=(1, 4, 1), backward=(1, 4, 1))],
+        DEPENDS: [
+            steps(native=(0.1, 4), thread=5) + stages(forward=(1, 1, 1), backward=(1, 1, 1)),
+            steps(native=5, thread=4) + stages(),
+        ],
+        UNKNOWN: [stages(), steps(native=1, thread=5), steps(native=1, thread=5) + stages(64)],
+    },
+    "T8": {
+        HOLDS: [batches(2.5, 3, 3.5)],
+        FAILS: [batches(1, 6, 8), batches(3, 8, 9)],
+        DEPENDS: [batches(3, 3, 8), batches((1, 3), (3, 5))],
+        UNKNOWN: [batches(3), case("batch", "train", native=1, thread=3)],
+    },
+    "T9": {
+        HOLDS: [steps("forward", native=1, thread=6.5)],
+        FAILS: [steps("forward", native=1, thread=5), steps("forward", native=1, thread=8)],
+        DEPENDS: [steps("forward", native=1, thread=(5, 6.5))],
+        UNKNOWN: [steps("train", native=1, thread=6.5)],
+    },
+    "T10": {
+        HOLDS: [steps(native_no_library=5, thread=5)],
+        FAILS: [steps(native_no_library=2, thread=5), steps(native_no_library=9, thread=5)],
+        DEPENDS: [steps(native_no_library=(2, 5), thread=5)],
+        UNKNOWN: [steps(native=1, thread=5)],
+    },
+    "T11": {
+        HOLDS: [steps(native_no_library=5, native=1)],
+        FAILS: [steps(native_no_library=1.5, native=1), steps(native_no_library=1, native=5)],
+        DEPENDS: [steps(native_no_library=(1, 5), native=1)],
+        UNKNOWN: [steps(native_no_library=5, thread=5)],
+    },
+    "T12": {
+        HOLDS: [steps(thread=5, unfold=5, windows=4.5), case("layer", "forward", thread=1, fft=9)],
+        FAILS: [
+            steps(thread=5, unfold=5, windows=2),
+            case("layer", "forward", thread=5, unfold=2),
+            case("layer", "train", thread=5, unfold=5) + steps(thread=5, unfold=3),
+        ],
+        DEPENDS: [steps(thread=5, unfold=(1, 6))],
+        UNKNOWN: [steps(thread=5, native=1, native_no_library=1, native_channels_last=1, auto=1)],
+    },
+}
+
+
+def verdict(claim_id, rows):
+    return {claim.id: found for claim, found in thread.judge(rows)}[claim_id]
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "expected", "rows"),
+    [
+        pytest.param(name, expected, rows, id=f"{name} {expected} {index}")
+        for name, examples in EXAMPLES.items()
+        for expected, several in examples.items()
+        for index, rows in enumerate(several)
+    ],
+)
+def test_rule(claim_id, expected, rows):
+    found = verdict(claim_id, rows)
+    assert found.verdict == expected
+    assert found.reason.endswith(".")
+    assert (found == thread.missing()) == (expected == UNKNOWN)
+
+
+@pytest.mark.parametrize("claim_id", EXAMPLES)
+def test_every_rule_can_say_everything(claim_id):
+    assert EXAMPLES[claim_id].keys() == {HOLDS, FAILS, DEPENDS, UNKNOWN}
+
+
+@pytest.mark.parametrize("rows", [[], [records.row("photographs", "native", None, "forward")]])
+def test_without_records_nothing_is_judged(rows):
+    assert {found for _, found in thread.judge(rows)} == {thread.missing()}
+    assert thread.missing().verdict == UNKNOWN
+
+
+def test_rows_that_are_not_ok_are_ignored():
+    good = steps(native=1, thread=5, native_no_library=5) + stages() + storage()
+    bad = [
+        records.row(
+            r.experiment,
+            "windows" if r.experiment == "step" else r.algorithm,
+            thread_problem(2),
+            r.pass_,
+            part=r.part,
+            status=status,
+            extra=r.extra,
+            session=SESSION,
+            case=f"other {status}",
+        )
+        for r in good
+        for status in records.STATUSES[1:]
+    ]
+    assert thread.judge(good + bad) == thread.judge(good)
+    assert {found.verdict for _, found in thread.judge(bad)} == {UNKNOWN}
+
+
+def test_a_reason_names_the_problems_that_agree():
+    found = verdict("T5", stages(2, (1, 1, 1)) + stages(64, (1, 1, 1)) + stages(1, (9, 1, 1)))
+    assert found.reason == "It holds for 2 images and 64 images only."
+    assert [part.split(":")[0] for part in found.figure.split("; ")] == [
+        "1 image",
+        "2 images",
+        "64 images",
+    ]
+
+
+def test_a_view_and_a_copy_are_told_apart():
+    found = verdict("T1", storage(fold=True))
+    assert found.figure == "F.unfold writes 9× its input, F.fold is a view"
+
+
+def test_the_best_rewritten_form_is_named():
+    found = verdict("T12", steps(thread=6, unfold=3, windows=2, native=1))
+    assert found.figure.startswith("windows, 256 images, train: 3× [")
+    assert found.reason.startswith("windows is faster")
+
+
+# Intervals
+
+
+def test_an_interval_across_the_edge_decides_nothing():
+    for low, high, expected in (
+        (0.5, 3, HOLDS),
+        (1, 2, HOLDS),
+        (1.1, 3, DEPENDS),
+        (0.5, 1.9, DEPENDS),
+        (1.4, 1.6, DEPENDS),
+        (2.1, 3, FAILS),
+        (0, 0.9, FAILS),
+    ):
+        assert Interval("here", 1.5, 1, 2).against(low, high) == expected
+
+
+def test_more_noise_widens_the_interval_and_takes_the_verdict_back():
+    def found(spread):
+        rng = np.random.default_rng(0)
+        a, b = (rng.lognormal(np.log(s), spread, 21) for s in (5, 1))
+        return thread.statistic("here", np.divide, a, b)
+
+    narrow, wide = found(0.01), found(2.0)
+    assert narrow.low < narrow.value < narrow.high
+    assert wide.low < narrow.low < narrow.high < wide.high
+    assert (narrow.against(4.5, 10), wide.against(4.5, 10)) == (HOLDS, DEPENDS)
+
+
+def test_samples_are_compared_round_by_round():
+    """What slows both down in the same round does not widen the interval of their ratio."""
+    slow = [1, 1, 1, 9, 9, 9, 20]
+    found = thread.statistic("here", np.divide, [5 * s for s in slow], slow)
+    assert (found.low, found.value, found.high) == pytest.approx((5, 5, 5))
+    longer = thread.statistic("here", np.divide, [5 * s for s in slow] + [1e9], slow)
+    assert longer == found
+
+
+def test_a_clock_too_coarse_decides_nothing(recwarn):
+    for native, layer in ((0, 0), (0, 1)):
+        found = verdict("T3", steps(native=native, thread=layer))
+        assert found.verdict == DEPENDS
+    verdict("T7", steps(native=1, thread=0) + stages(forward=(0, 0, 0), backward=(0, 0, 0)))
+    assert not recwarn.list
+
+
+def test_the_same_rows_give_the_same_verdicts_in_any_order():
+    rows = realistic()
+    shuffled = random.Random(1).sample(rows, len(rows))
+    assert thread.judge(rows) == thread.judge(shuffled)
+
+
+# No rows make a rule raise
+
+
+def realistic():
+    """A session as `reproduce` leaves it, one algorithm wrong and one out of memory."""
+    rows = storage() + stages(2) + stages(64) + batches(1.5, 3, 5)
+    for pass_ in ("forward", "train"):
+        rows += steps(pass_, native=1, native_no_library=5, thread=5, unfold=4, windows=2)
+        rows += case("layer", pass_, 2, native=1, native_channels_last=1, thread=3, unfold=2)
+    extra = {"reason": "y differs"}
+    for status in records.STATUSES[1:]:
+        rows.append(
+            records.row(
+                "step", "windows", thread_problem(2), "train", status=status, extra=extra, error=2.0
+            )
+        )
+    rows.append(records.row("ceilings", "", None, "", part="copy", median=1.0, samples=[1.0]))
+    return rows
+
+
+REALISTIC = realistic()
+
+
+@given(st.sets(st.integers(0, len(REALISTIC) - 1)))
+def test_judge_never_raises(chosen):
+    found = thread.judge([REALISTIC[i] for i in sorted(chosen)])
+    assert len(found) == 12
+    assert all(v.verdict in (HOLDS, FAILS, DEPENDS, UNKNOWN) for _, v in found)
+
+
+def test_a_whole_session_leaves_nothing_unmeasured():
+    rows = REALISTIC + stages(256)
+    assert UNKNOWN not in [found.verdict for _, found in thread.judge(rows)]
+
+
+# The claims
+
+
+def test_the_twelve_claims():
+    assert [claim.id for claim in thread.CLAIMS] == [f"T{i}" for i in range(1, 13)]
+    figures = thread.figures()
+    for claim in thread.CLAIMS:
+        assert claim.text.strip()
+        assert claim.figure(figures).strip()
+    assert len({claim.text for claim in thread.CLAIMS}) == 12
+
+
+def test_the_table_puts_the_thread_beside_the_measurement():
+    rows = steps(native=1, thread=6)
+    table = thread.table(rows)
+    third = table.iloc[2]
+    assert third["claim"].startswith("T3 training is")
+    assert third["the thread"] == "4.5× and 10× (GPU, batch 256)"
+    assert third["measured"].startswith("256 images: 6×")
+    assert third["verdict"] == HOLDS
+    assert list(table["verdict"]).count(UNKNOWN) == 11
+
+
+def test_the_title_says_where_when_and_how_quickly():
+    (first, *_) = rows = steps(native=1)
+    title = thread.title(rows)
+    for part in (first.machine, "cpu", first.time[:10], f"{first.flags['threads']} thread"):
+        assert part in title
+    assert "quick" not in title
+    quick = records.row("step", "native", None, "train", session="2030-01-01 quick-0")
+    assert "quick" in thread.title([quick])
+
+
+DAMAGES = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[:-9],
+    "array": lambda text: "[]",
+    "no list": lambda text: '{"figures": 3}',
+    "no objects": lambda text: '{"figures": ["a"]}',
+    "no figures": lambda text: '{"figures": []}',
+    "no seconds": lambda text: text.replace('"seconds"', '"minutes"', 1),
+    "text": lambda text: text.replace(": 0.45,", ': "0.45",'),
+    "zero": lambda text: text.replace(": 0.08,", ": 0,"),
+    "one missing": lambda text: text.replace('"train_custom"', '"other"'),
+}
+
+
+def thread_json():
+    return (records.data_folder() / "thread.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
+def test_damaged_figures_are_an_error_that_names_the_file(monkeypatch, tmp_path, damage):
+    assert damage(thread_json()) != thread_json()
+    path = tmp_path / "thread.json"
+    path.write_text(damage(thread_json()), encoding="utf-8")
+    monkeypatch.setattr(thread, "data_folder", lambda: tmp_path)
+    with pytest.raises(RecordError, match=f"^{re.escape(str(path))}: .") as raised:
+        thread.table([])
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_figures_are_an_error_that_names_the_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(thread, "data_folder", lambda: tmp_path)
+    with pytest.raises(RecordError, match=f"^{re.escape(str(tmp_path / 'thread.json'))}: ."):
+        thread.table([])
+
+
+def test_figures_are_those_of_the_file(monkeypatch, tmp_path):
+    text = thread_json().replace(": 0.45,", ": 0.9,")
+    (tmp_path / "thread.json").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(thread, "data_folder", lambda: tmp_path)
+    assert thread.table([]).iloc[2]["the thread"].startswith("9× and 10×")
