@@ -113,7 +113,7 @@ def _compare(experiment, problem, algorithms, pass_, settings, candidate) -> lis
         else:
             values |= {"status": status, "device": device}
             rows.append(records.row(experiment, name, problem, pass_, **values))
-    measured = timing.interleaved(functions, device, **settings.options) if functions else {}
+    measured = timing.interleaved(functions, device, **settings.options)
     for name, m in measured.items():
         values = {
             "device": device,

@@ -202,6 +202,46 @@ def test_every_rule_can_say_everything(claim_id):
     assert EXAMPLES[claim_id].keys() == {HOLDS, FAILS, DEPENDS, UNKNOWN}
 
 
+def ratio(a, b, pass_="train"):
+    """Median of `a` so many times as long as that of `b`."""
+    return lambda times: steps(pass_, **{a: times, b: 1})
+
+
+def part(forward=None, backward=None):
+    """Stages whose times are made from the figure, of a whole of 100."""
+    same = (2, 1, 1)
+    return lambda x: stages(
+        forward=forward(x) if forward else same, backward=backward(x) if backward else same
+    )
+
+
+def share(x):
+    return (100 * x - 10, 100 - 100 * x, 10)
+
+
+EDGES = [
+    ("T2", part(share, share), [0.51, 0.9], [0.49, 0.2]),
+    ("T3", ratio("thread", "native"), [4.6, 9.9], [4.4, 10.1]),
+    ("T4", lambda x: storage(fold=True) + part(lambda x: (50, 50 - x, x))(x), [4.9], [5.1]),
+    ("T5", part(lambda x: (1, x, 1)), [0.51, 1.9], [0.49, 2.1]),
+    ("T6", part(backward=lambda x: (2 * x, x, x)), [0.51, 1.9], [0.49, 2.1]),
+    ("T7", lambda x: steps(native=1, thread=2) + part(share, share)(x / 2), [0.81], [0.79]),
+    ("T8", lambda x: batches(x, x, x), [2.1, 3.9], [1.9, 4.1]),
+    ("T9", ratio("thread", "native", "forward"), [6.1, 6.9], [5.9, 7.1]),
+    ("T10", ratio("native_no_library", "thread"), [0.81, 1.24], [0.79, 1.26]),
+    ("T11", ratio("native_no_library", "native"), [2.1, 9], [1.9, 0.5]),
+    ("T12", ratio("thread", "windows"), [1.24, 0.5], [1.26, 3]),
+]
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "make", "holding", "failing"), EDGES, ids=[edge[0] for edge in EDGES]
+)
+def test_where_the_edges_are(claim_id, make, holding, failing):
+    assert [verdict(claim_id, make(x)).verdict for x in holding] == [HOLDS] * len(holding)
+    assert [verdict(claim_id, make(x)).verdict for x in failing] == [FAILS] * len(failing)
+
+
 @pytest.mark.parametrize("rows", [[], [records.row("photographs", "native", None, "forward")]])
 def test_without_records_nothing_is_judged(rows):
     assert {found for _, found in thread.judge(rows)} == {thread.missing()}
