@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convlab import cost, machine, oracle, records, stages, timing
-from convlab.algorithms import ALGORITHMS
+from convlab.algorithms import ALGORITHMS, Algorithm
 from convlab.problem import ConvProblem, parse_device, thread_problem
 from convlab.records import Row
 from convlab.timing import Function
 
-CHECK_BATCH = 64  # images on which an algorithm is checked before it is timed
+CHECK_BATCH = 16  # images on which an algorithm is checked before it is timed
 LAYER = ("native", "native_channels_last", "native_no_library", "thread", "unfold", "windows")
 STEP = ("native", "native_no_library", "thread", "unfold", "windows")
 PAIR = ("native", "thread")
@@ -51,7 +51,7 @@ class Settings:
         """Options of `timing.interleaved`."""
         if self.quick:
             return {"seconds": 0.4, "min_rounds": 5, "max_rounds": 15}
-        return {"seconds": 3.0, "min_rounds": 7, "max_rounds": 40}
+        return {"seconds": 2.0, "min_rounds": 5, "max_rounds": 40}
 
     def batch(self, images: int) -> int:
         """`images`, or a quarter of it where it is large and time is short."""
@@ -108,9 +108,14 @@ def _compare(experiment, problem, algorithms, pass_, settings, candidate) -> lis
     for name in algorithms:
         status, values = _judge(name, problem, device)
         if status == "ok":
-            errors[name] = values["error"]
-            functions[name] = candidate(name, problem, pass_, device)
-        else:
+            try:
+                functions[name] = candidate(name, problem, pass_, device)
+                functions[name]()
+                errors[name] = values["error"]
+            except RuntimeError as error:
+                functions.pop(name, None)
+                status, values = _memory_error(error)
+        if status != "ok":
             values |= {"status": status, "device": device}
             rows.append(records.row(experiment, name, problem, pass_, **values))
     measured = timing.interleaved(functions, device, **settings.options)
@@ -132,14 +137,32 @@ def _judge(name: str, problem: ConvProblem, device: str) -> tuple[str, dict]:
         return "unsupported", {"extra": {"reason": reason}}
     needed = 3 * cost.peak_bytes("thread", problem)  # forward, its gradients, and their copies
     free = machine.free_bytes(device)
-    if name in stages.STAGED and needed > 0.9 * free:
+    if not ALGORITHMS[name].library and needed > 0.9 * free:
         return "out of memory", {"extra": {"predicted_bytes": needed, "free_bytes": free}}
-    found = oracle.check(name, problem.replace(batch=min(problem.batch, CHECK_BATCH)), device)
+    small = problem.replace(batch=min(problem.batch, CHECK_BATCH))
+    try:
+        found = _checked(ALGORITHMS[name], small, device, json.dumps(machine.flags()))
+    except RuntimeError as error:
+        return _memory_error(error)
     finite = math.isfinite(found.max_error)
     error = records.round_digits(found.max_error) if finite else None
     if found.ok:
         return "ok", {"error": error}
     return "wrong", {"error": error, "extra": {"reason": found.reason}}
+
+
+@functools.lru_cache(maxsize=256)
+def _checked(algorithm: Algorithm, problem: ConvProblem, device: str, flags: str) -> oracle.Check:
+    """`oracle.check`, once for all passes under the same flags."""
+    return oracle.check(algorithm, problem, device)
+
+
+def _memory_error(error: RuntimeError) -> tuple[str, dict]:
+    """The status of an algorithm that ran out of memory; any other error is raised again."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text:
+        return "out of memory", {"extra": {"reason": text.splitlines()[0]}}
+    raise error
 
 
 def one_pass(

@@ -319,10 +319,10 @@ def t8_batch(rows: Sequence[Row]) -> Verdict:
     inside = sum(r.against(2, 4) == HOLDS for r in found)
     if inside == len(found):
         return Verdict(HOLDS, figure, "Every ratio lies between 2 and 4.")
-    counted = f"Of {len(found)} ratios {outside} lie outside 2 to 4"
-    if outside * 2 > len(found):
-        return Verdict(FAILS, figure, f"{counted}: it is not one constant.")
-    return Verdict(DEPENDS, figure, f"{counted}, {inside} inside.")
+    if outside:
+        reason = f"Of {len(found)} ratios {outside} lie outside 2 to 4."
+        return Verdict(FAILS, figure, reason)
+    return Verdict(DEPENDS, figure, f"Of {len(found)} ratios {inside} lie inside, none outside.")
 
 
 def _value(found: Interval) -> float:

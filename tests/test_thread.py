@@ -142,8 +142,8 @@ EXAMPLES = {
     },
     "T8": {
         HOLDS: [batches(2.5, 3, 3.5)],
-        FAILS: [batches(1, 6, 8), batches(3, 8, 9)],
-        DEPENDS: [batches(3, 3, 8), batches((1, 3), (3, 5))],
+        FAILS: [batches(1, 6, 8), batches(3, 8, 9), batches(3, 3, 8)],
+        DEPENDS: [batches((1, 3), (3, 5)), batches(3, (1, 5), 3)],
         UNKNOWN: [batches(3), case("batch", "train", native=1, thread=3)],
     },
     "T9": {
