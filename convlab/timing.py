@@ -31,7 +31,8 @@ Function = Callable[[], object]
 BLOCK_SECONDS = 2e-3  # a CPU sample lasts at least this long: 10,000 ticks of a 0.2 µs clock call
 EVENT_RESOLUTION = 0.5e-6  # seconds, documented for cudaEventElapsedTime
 LONG_SECONDS = 0.2
-SETTLING_CALLS = 3  # untimed, after a candidate's flags are set: malloc and thread pool settle
+SETTLING_CALLS = 2  # untimed, before each sample: see `interleaved`
+AFTER_FLAGS = 3  # the same after flags were set: malloc and the thread pool start anew
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 
@@ -200,7 +201,9 @@ def interleaved(
     """Measure every candidate once per round, in a new random order each round.
 
     What drifts (clock frequency, heat, other programs) then falls on all candidates alike. The
-    samples with the same index come from the same round.
+    samples with the same index come from the same round. Before each sample the candidate runs
+    untimed, unless it is long: another's large tensors leave caches and the C library's heap in a
+    state that its first calls would pay for, and that `measure` never sees.
 
     Args:
         seconds: about how long the rounds take together, within `min_rounds` … `max_rounds`.
@@ -209,8 +212,7 @@ def interleaved(
     if not candidates:
         return {}
     items = {k: c if isinstance(c, Candidate) else Candidate(c) for k, c in candidates.items()}
-    settle = {name: SETTLING_CALLS if item.flags else 0 for name, item in items.items()}
-    flags, calls, round_seconds = {}, {}, 0.0
+    settle, flags, calls, round_seconds = {}, {}, {}, 0.0
     for name, item in items.items():
         with machine.setting(**item.flags):
             flags[name] = machine.flags()
@@ -218,6 +220,9 @@ def interleaved(
             if once < LONG_SECONDS:  # else what the first call costs once is small beside it
                 once = _once(item.fn, device)
             calls[name] = max(1, round(BLOCK_SECONDS / once)) if device.type == "cpu" else 1
+            settle[name] = AFTER_FLAGS if item.flags else SETTLING_CALLS
+            if once >= LONG_SECONDS and not item.flags:
+                settle[name] = 0
             round_seconds += once * (calls[name] + settle[name])
     rounds = int(min(max(seconds / round_seconds, min_rounds), max_rounds))
     order, samples = list(items), {name: [] for name in items}

@@ -14,7 +14,7 @@ TARGETS = set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split())
 
 def test_every_target_in_the_readme_exists():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = re.findall(r"`[^`]+`|^(?: {4}|\$ ?)?make .*$", readme, re.MULTILINE)
+    code = re.findall(r"`[^`\n]+`|^(?: {4}|\$ ?)?make .*$", readme, re.MULTILINE)
     named = {target for text in code for target in re.findall(r"\bmake ([a-z]\w*)", text)}
     assert named <= TARGETS, named - TARGETS
 

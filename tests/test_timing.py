@@ -108,7 +108,10 @@ def test_rounds_are_paired_and_their_order_is_random():
     order = []
     slow = {name: lambda name=name: (order.append(name), time.sleep(0.002)) for name in "abc"}
     interleaved(slow, max_rounds=20, min_rounds=20, peak=False)
-    rounds = list(zip(*[iter(order[-60:])] * 3, strict=True))
+    each = timing.SETTLING_CALLS + 1
+    turns = order[-60 * each :: each]
+    rounds = list(zip(*[iter(turns)] * 3, strict=True))
+    assert [name for name in turns for _ in range(each)] == order[-60 * each :]
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len(set(rounds)) > 3
 
