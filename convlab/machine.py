@@ -118,7 +118,11 @@ def can_keep_freed_memory() -> bool:
 
 
 def _set_allocator(value: str) -> None:
-    """`value`: "glibc, default" or "glibc, keeps freed memory"."""
+    """`value`: "glibc, default" or "glibc, keeps freed memory".
+
+    The way back is not complete: a free block that the heap kept may be used again. Measure the
+    default first, or in a process of its own.
+    """
     global _allocator_kept
     if not can_keep_freed_memory():
         raise ValueError(f"allocator can only be set with an unset glibc malloc, not {allocator()}")

@@ -299,7 +299,10 @@ def mean_with_outlier(fn: Function, device: Device = "cpu", *, samples: int = 7)
     "State the allocator's setting beside the number; on CUDA never empty the cache in between.",
 )
 def fresh_memory(fn: Function, device: Device = "cpu", *, samples: int = 7) -> Measurement:
-    """CPU: glibc as it comes, where this can be set. CUDA: the allocator's cache emptied."""
+    """CPU: glibc as it comes, where this can be set. CUDA: the allocator's cache emptied.
+
+    Right on the CPU only in a process whose glibc has not been set otherwise before.
+    """
     if isinstance(device, torch.device) and device.type == "cuda":
         return single_calls(lambda: (torch.cuda.empty_cache(), fn()), device, samples=samples)
     if not machine.can_keep_freed_memory():

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import re
-import resource
 import socket
 from types import SimpleNamespace
 
@@ -107,6 +106,7 @@ def test_library_off_is_put_back_after_an_error():
 
 def page_faults(repetitions=10):
     """Of that many allocations of 64 MB, each written to."""
+    resource = pytest.importorskip("resource")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(repetitions):
         torch.ones(2**24)
