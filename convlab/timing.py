@@ -30,7 +30,7 @@ Function = Callable[[], object]
 
 BLOCK_SECONDS = 2e-3  # a CPU sample lasts at least this long: 10,000 ticks of a 0.2 µs clock call
 EVENT_RESOLUTION = 0.5e-6  # seconds, documented for cudaEventElapsedTime
-LONG_SECONDS = 0.2
+LONG_SECONDS = 0.05  # calls this long are not settled: what ran before is small beside them
 SETTLING_CALLS = 2  # untimed, before each sample: see `interleaved`
 AFTER_FLAGS = 3  # the same after flags were set: malloc and the thread pool start anew
 CONFIDENCE = 0.95
