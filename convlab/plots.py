@@ -195,7 +195,7 @@ def ratio_bars(
             top = frame["ratio_high"].max()
             for y, (_, row) in enumerate(frame.iterrows()):
                 text = f"{row['ratio']:.2g}×  {seconds(row['median'])}"
-                axis.text(row["ratio_high"] + 0.03 * top, y, text, va="center", fontsize=9)
+                axis.text(max(row["ratio_high"], 1) + 0.03 * top, y, text, va="center", fontsize=9)
             axis.axvline(1, color="black", linestyle=":")
             axis.set(xlim=(0, 1.5 * top), title=name, xlabel=f"time / {one}")
             axis.grid(False, axis="y")
