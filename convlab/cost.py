@@ -86,6 +86,11 @@ def floor_seconds(
     return ceilings.seconds(flops(p, direction), compulsory_bytes(p, itemsize, direction))
 
 
+def intensity(p: ConvProblem, itemsize: int = 4) -> float:
+    """FLOPs per compulsory byte, forward."""
+    return flops(p) / compulsory_bytes(p, itemsize)
+
+
 def steps(
     algorithm: str, p: ConvProblem, itemsize: int = 4, direction: str = "forward"
 ) -> list[Step]:
