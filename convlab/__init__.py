@@ -3,7 +3,8 @@
 from convlab.algorithms import ALGORITHMS
 from convlab.layers import Conv2d, ThreadConv2d
 from convlab.oracle import check
-from convlab.problem import PROBLEMS, ConvProblem
+from convlab.problem import ConvProblem
+from convlab.problems import PROBLEMS
 from convlab.timing import compare, measure
 
 __version__ = "0.1.0"

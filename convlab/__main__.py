@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from convlab import experiments, machine, records, thread
@@ -23,6 +23,7 @@ from convlab.records import RecordError, Row
 
 STYLES = {thread.HOLDS: "green", thread.FAILS: "red", thread.DEPENDS: "yellow"}
 INTERRUPTED, BAD_INPUT = 130, 2
+VISITS = 3  # of a recording to the experiments that decide a claim
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def reproduce(options: argparse.Namespace) -> int:
     """Measure the thread's experiments here and judge its claims."""
-    code, rows, path = _measure(options, experiments.REPRODUCE, records.local_file)
+    settings = Settings(options.device, options.quick)
+    code, rows, path = _measure(options, settings, experiments.REPRODUCE, records.local_file)
     if code == 0:
         console = Console()
         console.print(verdict_table(rows))
@@ -88,7 +90,9 @@ def reproduce(options: argparse.Namespace) -> int:
 
 def record(options: argparse.Namespace) -> int:
     """Measure every experiment and keep the rows in data/records/."""
-    code, rows, path = _measure(options, tuple(experiments.EXPERIMENTS), records.recorded_file)
+    settings = Settings(options.device, options.quick, 1 if options.quick else VISITS)
+    names = tuple(experiments.EXPERIMENTS)
+    code, rows, path = _measure(options, settings, names, records.recorded_file)
     if code == 0:
         Console().print(
             f"{len(rows)} rows: {escape(_short(path))}", soft_wrap=True, highlight=False
@@ -112,7 +116,7 @@ def verdicts(options: argparse.Namespace) -> int:
         asked = f" for --machine {options.machine!r}" if options.machine else ""
         raise ValueError(f"there are no records{asked}; machines recorded: {known}")
     for found in groups.values():
-        Console().print(verdict_table(experiments.last_session(found)))
+        Console().print(verdict_table(experiments.last_session(found, "step")))
     return 0
 
 
@@ -132,8 +136,7 @@ def verdict_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _measure(options, names, default_file) -> tuple[int, list[Row], Path]:
-    settings = Settings(options.device, options.quick)
+def _measure(options, settings, names, default_file) -> tuple[int, list[Row], Path]:
     _set_threads(options.threads)
     path = options.output or default_file(settings.device)
     console = Console(stderr=True)
@@ -167,18 +170,46 @@ def _set_threads(threads: int | None) -> None:
 
 
 def _run_with_progress(names, settings, path, fresh, console) -> list[Row]:
-    rows: list[Row] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    cases = experiments.plan(names, settings)
+    left, pace, rows = sum(case.seconds for case in cases), _Pace(), []
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        cases = experiments.plan(names, settings)
-        task = progress.add_task(cases[0].name, total=len(cases))
+        task = progress.add_task(cases[0].name, total=left, left=_left(len(cases), left))
         for done in experiments.run(names, settings, path, fresh):
             rows += done.rows
             if done.resumed and done.index == 0:
                 progress.console.print("Going on with the run that was stopped.")
+            left -= done.case.seconds
+            pace.add(done)
             following = cases[done.index + 1].name if done.index + 1 < len(cases) else "done"
-            progress.update(task, advance=1, description=f"{following:36s}")
+            text = _left(len(cases) - done.index - 1, left * pace.factor)
+            progress.update(task, advance=done.case.seconds, description=following[:40], left=text)
     return rows
+
+
+class _Pace:
+    """How long cases took, over how long they were thought to take."""
+
+    def __init__(self) -> None:
+        self.taken = self.thought = 0.0
+        self.last = time.perf_counter()
+
+    def add(self, done: experiments.Progress) -> None:
+        now = time.perf_counter()
+        if not done.resumed:
+            self.taken += now - self.last
+            self.thought += done.case.seconds
+        self.last = now
+
+    @property
+    def factor(self) -> float:
+        """1 until something was measured."""
+        return self.taken / self.thought if self.thought else 1.0
+
+
+def _left(cases: int, seconds: float) -> str:
+    about = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
+    return f"{cases} cases left, about {about}" if cases else "nothing left"
 
 
 def _short(path: Path) -> str:

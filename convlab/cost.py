@@ -99,8 +99,6 @@ def steps(
     Raises:
         ValueError: an algorithm, a direction or a number of groups that has not been counted.
     """
-    if p.groups != 1:
-        raise ValueError(f"groups must be 1, since other numbers are not counted, got {p.groups}")
     if (algorithm, direction) not in STEPS:
         known = ", ".join(sorted({name for name, _ in STEPS}))
         raise ValueError(
@@ -115,6 +113,18 @@ def steps(
     ]
 
 
+def predicted_seconds(
+    algorithm: str,
+    p: ConvProblem,
+    ceilings: Ceilings,
+    itemsize: int = 4,
+    direction: str = "forward",
+) -> float:
+    """The steps one after the other, each at the machine's ceilings: a lower bound on their sum."""
+    taken = steps(algorithm, p, itemsize, direction)
+    return sum(ceilings.seconds(step.flops, step.bytes) for step in taken)
+
+
 def moved_bytes(
     algorithm: str, p: ConvProblem, itemsize: int = 4, direction: str = "forward"
 ) -> int:
@@ -127,35 +137,47 @@ def launches(algorithm: str, p: ConvProblem, direction: str = "forward") -> int:
     return sum(step.launches for step in steps(algorithm, p, direction=direction))
 
 
-def peak_bytes(algorithm: str, p: ConvProblem, itemsize: int = 4) -> int:
-    """Memory above x and weight at its highest, forward, weight requiring a gradient, no bias.
+def peak_bytes(
+    algorithm: str, p: ConvProblem, itemsize: int = 4, direction: str = "forward"
+) -> int:
+    """Memory above x, weight, bias and the gradient of y at its highest.
 
-    `F.unfold` first allocates its output as large as x, then resizes it, which only ever enlarges
-    it. One group: the copy of the columns lives until backward; one image needs no copy. Several
-    groups: the weight is repeated for every image. A transpose with an axis of length 1 needs no
-    copy and is counted as one. The scratch memory of BLAS is not counted.
+    "forward" records no graph; "train" is forward and backward, with the gradients of x, weight
+    and bias. The weight requires a gradient in both. `F.unfold` first allocates its output as
+    large as x, then resizes it, which only ever enlarges it. Several groups: the weight is
+    repeated for every image. A transpose with an axis of length 1 needs no copy and is counted as
+    one. The scratch memory of BLAS is not counted. Training is not counted for strides that skip
+    so many pixels that the columns are smaller than x.
 
     Raises:
-        ValueError: an algorithm that has not been counted.
+        ValueError: an algorithm or a direction that has not been counted.
     """
+    if algorithm not in ("thread", "unfold") or direction not in ("forward", "train"):
+        raise ValueError(
+            "algorithm must be one of thread, unfold and direction 'forward' or 'train', "
+            f"got {algorithm!r} and {direction!r}"
+        )
     s = Sizes.of(p)
-    unfolding = s.x + s.columns if s.columns > s.x else s.x
+    several = p.batch > 1
     columns = max(s.columns, s.x)
-    copied = s.columns if p.batch > 1 else 0
-    if p.groups == 1:
-        peaks = {
-            "thread": max(unfolding, columns + copied + 3 * s.y),
-            "unfold": max(unfolding, columns + copied + 2 * s.y),
-        }
+    unfolding = s.x + s.columns if s.columns > s.x else s.x
+    fold = s.y if algorithm == "thread" else 0  # thread: the product, its copy and fold's output
+    weights = p.batch * s.weight if several and p.groups > 1 else 0
+    if p.groups > 1:
+        forward = columns + s.y + (max(weights, s.y) if fold else weights)
+        gradients = 2 * weights if several else s.weight
+        train = 2 * columns + 2 * s.y + gradients + p.out_channels
     else:
-        weights = p.batch * s.weight if p.batch > 1 else 0
-        peaks = {
-            "thread": max(unfolding, columns + s.y + max(weights, s.y)),
-            "unfold": max(unfolding, columns + s.y + weights),
-        }
-    if algorithm not in peaks:
-        raise ValueError(f"algorithm must be one of {', '.join(peaks)}, got {algorithm!r}")
-    return itemsize * peaks[algorithm]
+        copied = s.columns if several else 0
+        forward = columns + (max(copied + s.y, 3 * s.y) if fold else copied + 2 * s.y)
+        gradients = s.weight + p.out_channels
+        if several:  # the copy kept for backward, its gradient, and that gradient's copy
+            train = max(2 * columns + (2 + bool(fold)) * s.y, 3 * columns + s.y + gradients)
+        else:
+            train = max(columns + 3 * s.y, 2 * columns + 2 * s.y + gradients)
+    if not fold:
+        train = max(train, columns + 4 * s.y + weights + p.out_channels)
+    return itemsize * max(unfolding, forward if direction == "forward" else train)
 
 
 # Each row: stage, what, elements read, elements written, FLOPs, launches on CUDA.
@@ -176,7 +198,32 @@ def _unfold_stage(p: ConvProblem, s: Sizes) -> tuple:
     return ("unfold", "im2col: k² copies of x", s.x, s.columns, 0, p.batch)
 
 
+def _grouped_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    per_image = p.batch * s.weight
+    return [
+        _unfold_stage(p, s),
+        ("product", "weight repeated for every image", s.weight, per_image, 0, 1),
+        ("product", "batched product", s.columns + per_image, s.y, flops(p), 1),
+    ]
+
+
+def _grouped_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    per_image = p.batch * s.weight
+    return [
+        ("product", "gradient of weight per image", s.y + s.columns, per_image, flops(p), 1),
+        ("product", "gradient of columns", s.y + per_image, s.columns, flops(p), 1),
+        ("product", "sum over images", per_image, s.weight, 0, 1),
+        ("unfold", "col2im: k² values summed per pixel", s.columns, s.x, 0, 1),
+    ]
+
+
 def _thread_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    if p.groups > 1:
+        return [
+            *_grouped_forward(p, s),
+            ("product", "transposed product made contiguous", s.y, s.y, 0, 1),
+            ("fold", "col2im with kernel 1: a copy", s.y, s.y, 0, 1),
+        ]
     return [
         _unfold_stage(p, s),
         ("product", "transposed columns made contiguous", s.columns, s.columns, 0, 1),
@@ -187,6 +234,13 @@ def _thread_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
 
 
 def _thread_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    if p.groups > 1:
+        return [
+            ("fold", "im2col with kernel 1: a copy", s.y, s.y, 0, p.batch),
+            *(products := _grouped_backward(p, s))[:-1],
+            ("unfold", "transposed gradient made contiguous", s.columns, s.columns, 0, 1),
+            products[-1],
+        ]
     return [
         ("fold", "im2col with kernel 1: a copy", s.y, s.y, 0, p.batch),
         ("product", "gradient made contiguous", s.y, s.y, 0, 1),
@@ -207,11 +261,14 @@ def _unfold_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
 
 
 def _unfold_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    if p.groups > 1:
+        return _grouped_backward(p, s)
     return [row for row in _thread_backward(p, s) if row[0] != "fold"]
 
 
 # A single image's matrix, transposed, is what BLAS takes as it is.
 NOT_FOR_ONE_IMAGE = (
+    "weight repeated for every image",
     "transposed columns made contiguous",
     "columns copied for one large product",
     "gradient made contiguous",

@@ -52,8 +52,13 @@ def check(
     dtype: str | torch.dtype = torch.float32,
     seed: int = 0,
     gradients: bool = True,
+    arithmetic: str | torch.dtype | None = None,
 ) -> Check:
     """Compare `algorithm` with the float64 convolution on `problem`.
+
+    Args:
+        arithmetic: the format to which the algorithm itself rounds what it is given, as autocast
+            does; `dtype` if None.
 
     Raises:
         ValueError: no such algorithm, or one that does not support the problem.
@@ -66,7 +71,9 @@ def check(
     runs = [_run(algorithm, problem, device, dtype, seed, gradients) for _ in range(2)]
     found = runs[0]
     expected, scales, counts = _reference(problem, dtype, seed, gradients)
-    roundoff = _roundoff(device, dtype)
+    computed = dtype if arithmetic is None else parse_dtype(arithmetic)
+    roundoff = _roundoff(device, computed)
+    rounding = 0.0 if computed == dtype else 2 * torch.finfo(computed).eps / 2  # both factors
     errors, reason = {}, ""
     for name, value, exact, scale in zip(("y", *NAMES), found, expected, scales, strict=False):
         what = name if name == "y" else f"gradient of {name}"
@@ -76,7 +83,7 @@ def check(
             continue
         difference = (value - exact).abs()
         errors[name] = _relative(difference, exact)
-        allowed = tolerance(counts[name], roundoff, dtype) * scale
+        allowed = (tolerance(counts[name], roundoff, computed) + rounding) * scale
         if not bool((difference <= allowed).all()):
             reason = reason or f"{what} differs from float64 by {errors[name]:.1e} of its maximum"
     return Check(

@@ -232,15 +232,3 @@ class ConvProblem:
             if value != usual:
                 text += f", {name} {value if isinstance(value, str) else '×'.join(map(str, value))}"
         return text if self.groups == 1 else f"{text}, {self.groups} groups"
-
-
-def thread_problem(batch: int) -> ConvProblem:
-    """The convolution of the thread's scripts: 10→15 channels, 50×50 pixels, kernel 3."""
-    return ConvProblem(batch, 10, 15, 50, 50, kernel_size=3, padding=1)
-
-
-PROBLEMS: dict[str, ConvProblem] = {
-    **{f"thread_b{batch}": thread_problem(batch) for batch in (2, 64, 256, 512)},
-    "wide_64": ConvProblem(64, 64, 64, 28, 28, kernel_size=3, padding=1),
-    "wide_32": ConvProblem(64, 32, 32, 28, 28, kernel_size=3, padding=1),
-}

@@ -23,7 +23,8 @@ from convlab.timing import Measurement
 if TYPE_CHECKING:
     import pandas as pd
 
-STATUSES = ("ok", "wrong", "unsupported", "out of memory")
+PREDICTED = "out of memory (predicted)"
+STATUSES = ("ok", "wrong", "unsupported", "out of memory", PREDICTED)
 PASSES = ("forward", "backward", "train", "")
 DIGITS = 5  # significant digits kept of a time; a clock's own noise is larger
 START = b'{"session": '  # how every line begins; a last line that does not is no truncated record

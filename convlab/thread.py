@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from convlab import machine
 from convlab.records import RecordError, Row, data_folder
 from convlab.timing import CONFIDENCE, RESAMPLES
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 HOLDS, FAILS, DEPENDS, UNKNOWN = "holds", "does not hold", "depends", "not measured here"
-INF = float("inf")
+INF, NAN = float("inf"), float("nan")
 LIBRARY = ("native", "native_channels_last", "native_no_library", "auto")
 
 
@@ -91,41 +92,65 @@ def figures() -> dict[str, float]:
 
 # Figures from rows
 
+Case = dict[str, list[Row]]
+"""Algorithm (or pass:part) → its rows, one per visit of the session."""
 
-def statistic(where: str, formula: Callable, *samples: Sequence[float]) -> Interval:
-    """`formula` of the medians of samples from the same rounds, with its bootstrap interval."""
-    rounds = min(map(len, samples))
-    data = np.array([s[:rounds] for s in samples])
-    picks = np.random.default_rng(0).integers(rounds, size=(RESAMPLES, rounds))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(formula(*np.median(data, axis=1)))
-        drawn = formula(*np.median(data[:, picks], axis=2))
-    if not np.isfinite(drawn).all():  # a clock too coarse for what it timed shows zero
-        return Interval(where, value, -INF, INF)
+
+def statistic(where: str, formula: Callable, *rows: Sequence[Row]) -> Interval:
+    """`formula` of the samples of rows measured in the same rounds: its median, its interval.
+
+    The formula is taken round by round, so what slows a whole round down falls out. A session's
+    visits lie minutes apart; the bootstrap draws visits, then rounds within each, so that the
+    interval knows of the machine's changes from minute to minute.
+    """
+    visits = []
+    for group in zip(*rows):
+        rounds = min(len(row.samples) for row in group)
+        data = [np.array(row.samples[:rounds]) for row in group]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            visits.append(np.asarray(formula(*data), float))
+    value = float(np.median(np.concatenate(visits)))
+    if not all(np.isfinite(v).all() for v in visits):
+        return Interval(where, value, -INF, INF)  # a clock too coarse for what it timed shows zero
+    sizes = np.array([len(v) for v in visits])
+    table = np.array([np.resize(v, sizes.max()) for v in visits])
+    generator = np.random.default_rng(0)
+    chosen = generator.integers(len(visits), size=(RESAMPLES, len(visits)))[:, :, None]
+    rounds = generator.random((RESAMPLES, len(visits), sizes.max())) * sizes[chosen]
+    taken = np.where(np.arange(sizes.max()) < sizes[chosen], table[chosen, rounds.astype(int)], NAN)
+    drawn = np.nanmedian(taken.reshape(RESAMPLES, -1), axis=1)
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(where, value, float(low), float(high))
 
 
-def cases(rows: Iterable[Row], experiment: str, pass_: str = "") -> list[dict[str, Row]]:
-    """The experiment's cases, smallest batch first: algorithm (or pass:part) → row."""
-    found: dict[tuple, dict[str, Row]] = {}
+def cases(rows: Iterable[Row], experiment: str, pass_: str = "") -> list[Case]:
+    """The experiment's cases, smallest batch first, one per allocator."""
+    found: dict[tuple, Case] = {}
     for r in rows:
         staged = experiment == "stages"
         if r.experiment == experiment and r.samples and (staged or r.pass_ == pass_):
             key = f"{r.pass_}:{r.part}" if staged else r.algorithm
-            found.setdefault((r.problem.get("batch", 0), r.case, r.session), {})[key] = r
+            case = r.case.partition(" #")[0]
+            place = (r.problem.get("batch", 0), kept(r), case, r.session)
+            found.setdefault(place, {}).setdefault(key, []).append(r)
     return [found[key] for key in sorted(found)]
 
 
-def where(row: Row) -> str:
-    batch = row.problem["batch"]
-    return f"{batch} image{'s' if batch != 1 else ''}"
+def kept(row: Row) -> bool:
+    """Whether the C library kept freed memory, so that no tensor page-faults anew."""
+    return str(row.flags.get("allocator", "")).endswith(machine.KEEP_FREED)
+
+
+def where(rows: Sequence[Row]) -> str:
+    batch = rows[0].problem["batch"]
+    text = f"{batch} image{'s' if batch != 1 else ''}"
+    return f"{text}, memory kept" if kept(rows[0]) else text
 
 
 def ratio_cases(rows, experiment, pass_, a, b) -> list[Interval]:
-    """median(a) / median(b) for each case that has both."""
+    """time(a) / time(b) for each case that has both."""
     return [
-        statistic(where(case[a]), np.divide, case[a].samples, case[b].samples)
+        statistic(where(case[a]), np.divide, case[a], case[b])
         for case in cases(rows, experiment, pass_)
         if a in case and b in case
     ]
@@ -134,7 +159,7 @@ def ratio_cases(rows, experiment, pass_, a, b) -> list[Interval]:
 def stage_cases(rows, formula: Callable, *keys: str) -> list[Interval]:
     """`formula` of the named stage times (pass:part) for each case of "stages"."""
     return [
-        statistic(where(case[keys[0]]), formula, *(case[k].samples for k in keys))
+        statistic(where(case[keys[0]]), formula, *(case[k] for k in keys))
         for case in cases(rows, "stages")
         if all(k in case for k in keys)
     ]
@@ -199,14 +224,17 @@ def t1_views(rows: Sequence[Row]) -> Verdict:
     )
 
 
-def t2_most_time(rows: Sequence[Row]) -> Verdict:
-    def share(*parts):
-        unfolds, folds, totals = parts[0:2], parts[2:4], parts[4:6]
-        return (sum(unfolds) + sum(folds)) / sum(totals)
+SHARE_KEYS = [f"{d}:{p}" for p in ("unfold", "fold", "total") for d in ("forward", "backward")]
 
-    keys = [f"{d}:{part}" for part in ("unfold", "fold", "total") for d in ("forward", "backward")]
+
+def _share(*times: np.ndarray) -> np.ndarray:
+    """Unfold and fold, of forward and backward together."""
+    return sum(times[:4]) / sum(times[4:])
+
+
+def t2_most_time(rows: Sequence[Row]) -> Verdict:
     return decide(
-        stage_cases(rows, share, *keys),
+        stage_cases(rows, _share, *SHARE_KEYS),
         0.5,
         INF,
         {
@@ -274,23 +302,21 @@ def t6_backward(rows: Sequence[Row]) -> Verdict:
 def t7_extra_time(rows: Sequence[Row]) -> Verdict:
     """Unfold's and fold's time over the extra time; the stages and the ratio share a batch."""
 
-    def share(u1, u2, f1, f2, t1, t2, inverse):
-        return (u1 + u2 + f1 + f2) / ((t1 + t2) * (1 - inverse))
-
     steps = {where(c["thread"]): c for c in cases(rows, "step", "train") if "thread" in c}
     found, equal = [], []
     for case in cases(rows, "stages"):
         step = steps.get(where(next(iter(case.values()))))
         if step is None or "native" not in step:
             continue
-        rounds = zip(step["native"].samples, step["thread"].samples)
-        inverse = [native / thread if thread else INF for native, thread in rounds]
-        keys = [f"{d}:{p}" for p in ("unfold", "fold", "total") for d in ("forward", "backward")]
-        if np.median(inverse) >= 1:
-            equal.append(where(step["native"]))
-        elif all(k in case for k in keys):
-            samples = [case[k].samples for k in keys]
-            found.append(statistic(where(step["native"]), share, *samples, inverse))
+        label = where(step["native"])
+        inverse = statistic(label, np.divide, step["native"], step["thread"])
+        if inverse.value >= 1:
+            equal.append(label)
+        elif all(k in case for k in SHARE_KEYS):
+            whole = statistic(label, _share, *(case[k] for k in SHARE_KEYS))
+            high = whole.high / (1 - inverse.high) if inverse.high < 1 else INF
+            low, value = whole.low / (1 - inverse.low), whole.value / (1 - inverse.value)
+            found.append(Interval(label, value, low, high))
     if equal and not found:
         return Verdict(DEPENDS, "–", f"The layer takes no extra time for {' and '.join(equal)}.")
     return decide(
@@ -372,11 +398,11 @@ def t12_nothing(rows: Sequence[Row]) -> Verdict:
         for case in cases(rows, "layer", pass_) + cases(rows, "step", pass_):
             others = [a for a in case if a not in LIBRARY and a != "thread"]
             if "thread" in case and others:
-                best = min(others, key=lambda a: case[a].median)
-                label = f"{best}, {where(case[best])}, {pass_}"
-                found.append(
-                    statistic(label, np.divide, case["thread"].samples, case[best].samples)
-                )
+                gains = [
+                    statistic(f"{a}, {where(case[a])}, {pass_}", np.divide, case["thread"], case[a])
+                    for a in others
+                ]
+                found.append(max(gains, key=_value))
     if not found:
         return missing()
     best = max(found, key=lambda f: f.low)

@@ -318,6 +318,17 @@ def _allocations(fn: Function) -> list[int]:
     return [e.nbytes() for e in sorted(memory, key=lambda e: e.start_ns())]
 
 
+def page_faults(fn: Function) -> int | None:
+    """Pages that the operating system hands out during `fn()`; None where it does not say."""
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # Windows
+        return None
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    fn()
+    return getrusage(RUSAGE_SELF).ru_minflt - before
+
+
 def launches(fn: Function) -> int:
     """Kernel launches on CUDA during `fn()`, as the profiler counts them."""
     events = profile(fn, "cuda").kineto_results.events()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from convlab import __main__, experiments, machine, records, thread
-from convlab.problem import thread_problem
+from convlab.problems import thread_problem
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = {f"T{i}" for i in range(1, 13)}
@@ -25,7 +25,7 @@ SHORT = """
 import sys
 from convlab import __main__, experiments
 from convlab.experiments import Experiment, Settings, compare_case, storage_case
-from convlab.problem import thread_problem
+from convlab.problems import thread_problem
 
 def layer(settings):
     problems = map(thread_problem, (1, 2, 3, 4, 5))

@@ -62,7 +62,7 @@ def assume_counted_exactly(problem):
 @settings(max_examples=20)
 def test_peak_memory_is_what_is_measured(algorithm, problem):
     assume_counted_exactly(problem)
-    measured = timing.peak_bytes(runs(algorithm, problem))
+    measured = timing.peak_bytes(torch.no_grad()(runs(algorithm, problem)))
     assert cost.peak_bytes(algorithm, problem) == measured
 
 
@@ -74,7 +74,24 @@ def test_peak_memory_is_what_is_measured(algorithm, problem):
 )
 def test_peak_memory_of_the_threads_problem(algorithm, changes):
     problem = PROBLEMS["thread_b2"].replace(**changes)
-    assert cost.peak_bytes(algorithm, problem) == timing.peak_bytes(runs(algorithm, problem))
+    measured = timing.peak_bytes(torch.no_grad()(runs(algorithm, problem)))
+    assert cost.peak_bytes(algorithm, problem) == measured
+
+
+@pytest.mark.parametrize("algorithm", ["thread", "unfold"])
+@given(problem=problems(min_batch=1))
+@settings(max_examples=20)
+def test_peak_memory_of_training_is_what_is_measured(algorithm, problem):
+    assume_counted_exactly(problem)
+    sizes = cost.Sizes.of(problem)
+    assume(sizes.columns >= sizes.x)
+    tensors = problem.inputs(requires_grad=True)
+    grad = torch.ones(problem.output_shape)
+    train = lambda: torch.autograd.grad(  # noqa: E731
+        ALGORITHMS[algorithm](*tensors, **problem.kwargs), tensors, grad
+    )
+    measured = timing.peak_bytes(train)
+    assert cost.peak_bytes(algorithm, problem, direction="train") == measured
 
 
 @pytest.mark.parametrize("algorithm", ["thread", "unfold"])
@@ -126,6 +143,7 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory():
         (lambda p: cost.steps("thread", p, direction="sideways"), "'sideways'"),
         (lambda p: cost.moved_bytes("winograd3", p), "'winograd3'"),
         (lambda p: cost.peak_bytes("native", p), "'native'"),
+        (lambda p: cost.peak_bytes("thread", p, direction="backward"), "'backward'"),
         (lambda p: cost.flops(p, "sideways"), "'sideways'"),
         (lambda p: cost.compulsory_bytes(p, direction="sideways"), "'sideways'"),
     ],

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from convlab import experiments, machine, records, thread, timing
 from convlab.algorithms import ALGORITHMS, algorithm
 from convlab.experiments import Case, Experiment, Settings, compare_case, one_pass
-from convlab.problem import ConvProblem, thread_problem
+from convlab.problem import ConvProblem
+from convlab.problems import thread_problem
 
 QUICK = Settings(quick=True)
 SMALL = ConvProblem(2, 3, 4, 8, 8, kernel_size=3, padding=1)

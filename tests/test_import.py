@@ -15,6 +15,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "convlab"
 # order of its own: base, then the algorithms, then the registry. "" is the package itself.
 LAYERS = [
     "problem",
+    "problems",
     "cost",
     "machine",
     "timing",

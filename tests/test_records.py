@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convlab import machine, records
-from convlab.problem import PROBLEMS, ConvProblem
+from convlab.problem import ConvProblem
+from convlab.problems import PROBLEMS
 from convlab.records import RecordError, Row
 from convlab.timing import Measurement
 

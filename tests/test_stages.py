@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convlab import ALGORITHMS, ConvProblem, cost, machine, stages
-from convlab.problem import thread_problem
+from convlab.problems import thread_problem
 
 SMALL = ConvProblem(2, 3, 4, 6, 6, kernel_size=3, padding=1)
 STAGES = {"thread": ("unfold", "product", "fold"), "unfold": ("unfold", "product", "view")}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convlab import records, thread
-from convlab.problem import thread_problem
+from convlab.problems import thread_problem
 from convlab.records import RecordError
 from convlab.thread import DEPENDS, FAILS, HOLDS, UNKNOWN, Interval
 
@@ -310,7 +310,7 @@ def test_more_noise_widens_the_interval_and_takes_the_verdict_back():
     def found(spread):
         rng = np.random.default_rng(0)
         a, b = (rng.lognormal(np.log(s), spread, 21) for s in (5, 1))
-        return thread.statistic("here", np.divide, a, b)
+        return thread.statistic("here", np.divide, [timed(a)], [timed(b)])
 
     narrow, wide = found(0.01), found(2.0)
     assert narrow.low < narrow.value < narrow.high
@@ -318,12 +318,33 @@ def test_more_noise_widens_the_interval_and_takes_the_verdict_back():
     assert (narrow.against(4.5, 10), wide.against(4.5, 10)) == (HOLDS, DEPENDS)
 
 
+def timed(values):
+    """A row with these samples."""
+    return records.row("step", "native", thread_problem(2), "train", samples=list(values))
+
+
+def test_an_interval_knows_of_visits_that_disagree():
+    """Two visits with clear but different ratios: the interval spans both."""
+    one = [timed([1.0] * 9)]
+    alike = thread.statistic("here", np.divide, [timed([5.0] * 9)] * 2, one * 2)
+    differing = thread.statistic("here", np.divide, [timed([4.0] * 9), timed([6.0] * 9)], one * 2)
+    assert (alike.low, alike.high) == (5, 5)
+    assert (differing.low, differing.value, differing.high) == (4, 5, 6)
+
+
+def test_visits_may_have_different_numbers_of_rounds():
+    rows = [timed([5.0] * 3), timed([5.0] * 8)], [timed([1.0] * 4), timed([1.0] * 7)]
+    found = thread.statistic("here", np.divide, *rows)
+    assert (found.low, found.value, found.high) == (5, 5, 5)
+
+
 def test_samples_are_compared_round_by_round():
     """What slows both down in the same round does not widen the interval of their ratio."""
     slow = [1, 1, 1, 9, 9, 9, 20]
-    found = thread.statistic("here", np.divide, [5 * s for s in slow], slow)
+    five = [5 * s for s in slow]
+    found = thread.statistic("here", np.divide, [timed(five)], [timed(slow)])
     assert (found.low, found.value, found.high) == pytest.approx((5, 5, 5))
-    longer = thread.statistic("here", np.divide, [5 * s for s in slow] + [1e9], slow)
+    longer = thread.statistic("here", np.divide, [timed([*five, 1e9])], [timed(slow)])
     assert longer == found
 
 

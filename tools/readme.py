@@ -30,7 +30,7 @@ def sessions() -> list[list[Row]]:
     for path in records.files():
         for row in records.read(path):
             groups.setdefault((row.machine, row.device), []).append(row)
-    return [experiments.last_session(rows) for rows in groups.values()]
+    return [experiments.last_session(rows, "step") for rows in groups.values()]
 
 
 def verdicts(machines: Sequence[Sequence[Row]]) -> str:

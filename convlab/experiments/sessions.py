@@ -1,0 +1,171 @@
+"""Running experiments: case by case, each on disk before the next, going on where one stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from convlab import machine, records
+from convlab.experiments.cases import Case, Settings
+from convlab.experiments.named import EXPERIMENTS, REPEATED
+from convlab.records import Row
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A case just done, or found done (`resumed`)."""
+
+    case: Case
+    rows: list[Row]
+    index: int
+    total: int
+    resumed: bool
+
+
+def plan(names: Iterable[str], settings: Settings) -> list[Case]:
+    """The cases of the named experiments, in the order in which they are run.
+
+    Repeated visits lie as far apart as they can. Cases that keep freed memory come last, since
+    the C library's heap does not come back from that.
+
+    Raises:
+        ValueError: a name that is not in `EXPERIMENTS`.
+    """
+    names, cases = list(names), []
+    for name in names:
+        if name not in EXPERIMENTS:
+            raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
+        cases += EXPERIMENTS[name].cases(settings)
+    fresh = [case for case in cases if "allocator" not in case.flags]
+    kept = [case for case in cases if "allocator" in case.flags]
+    return [*_with_visits(fresh, settings.visits), *_with_visits(kept, settings.visits)]
+
+
+def _with_visits(cases: Sequence[Case], visits: int) -> list[Case]:
+    """The repeated experiments at the beginning, at the end, and evenly in between."""
+    repeated = [case for case in cases if case.experiment in REPEATED]
+    others = [case for case in cases if case.experiment not in REPEATED]
+    if visits == 1 or not repeated:
+        return list(cases)
+    planned = []
+    for visit in range(visits):
+        start, end = (len(others) * i // (visits - 1) for i in (visit - 1, visit))
+        planned += others[max(start, 0) : end] if visit else []
+        planned += [
+            replace(case, name=f"{case.name} #{visit + 1}", visit=visit) if visit else case
+            for case in repeated
+        ]
+    return planned
+
+
+def run(
+    names: Iterable[str], settings: Settings, path: str | Path, fresh: bool = False
+) -> Iterator[Progress]:
+    """Run the named experiments, appending each case's rows to `path` as soon as it is measured.
+
+    If the last session in the file has the same device, flags and versions and has begun this plan
+    without finishing it, it is continued: its cases are not measured again, unless `fresh`.
+    """
+    cases = plan(names, settings)
+    mark = _fingerprint(settings)
+    session, done = _unfinished(records.read(path), cases, mark)
+    if fresh or session is None:
+        session, done = f"{records.now()} {mark}", {}
+    for index, case in enumerate(cases):
+        rows = done.get(case.name)
+        if rows is None:
+            rows = run_case(case, session)
+            records.append(path, rows)
+        yield Progress(case, rows, index, len(cases), case.name in done)
+
+
+def run_case(case: Case, session: str = "") -> list[Row]:
+    """The case's rows, stamped with the session and the case."""
+    with machine.setting(**case.flags):
+        rows = case.run()
+    stamp = {"session": session, "case": case.name, "rows_in_case": len(rows)}
+    return [replace(row, **stamp) for row in rows]
+
+
+def _fingerprint(settings: Settings) -> str:
+    facts = [settings.device, machine.flags(), machine.versions(), machine.name(settings.device)]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+    return ("quick-" if settings.quick else "full-") + digest
+
+
+def _unfinished(
+    rows: Sequence[Row], cases: Sequence[Case], mark: str
+) -> tuple[str | None, Mapping[str, list[Row]]]:
+    """The last session with this mark and its finished cases, if it has begun and not finished."""
+    session = next((r.session for r in reversed(rows) if r.session.endswith(f" {mark}")), None)
+    done = _done([r for r in rows if r.session == session], cases)
+    if session is None or not 0 < len(done) < len(cases):
+        return None, {}
+    return session, done
+
+
+def _done(rows: Sequence[Row], cases: Sequence[Case]) -> dict[str, list[Row]]:
+    """The cases that the rows of one session hold, each with its rows."""
+    found: dict[str, list[Row]] = {}
+    for r in rows:
+        found.setdefault(r.case, []).append(r)
+    wholes = {case.name: _whole(found.get(case.name, []), case) for case in cases}
+    return {name: whole for name, whole in wholes.items() if whole}
+
+
+def _whole(rows: Sequence[Row], case: Case) -> list[Row]:
+    """The newest complete measurement of a case, [] if there is none.
+
+    A run that was killed while it wrote leaves the first rows of a case, and the case is then
+    measured again; rows of two such beginnings are no whole.
+    """
+    if not rows:
+        return []
+    newest = rows[-rows[-1].rows_in_case :]
+    different = {(r.algorithm, r.pass_, r.part) for r in newest}
+    if len(different) < rows[-1].rows_in_case:
+        return []
+    expected = sorted(case.algorithms or (r.algorithm for r in newest))
+    return list(newest) if sorted(r.algorithm for r in newest) == expected else []
+
+
+def last_session(rows: Iterable[Row], experiment: str | None = None) -> list[Row]:
+    """The rows of the newest session, or of the newest one that holds `experiment`."""
+    rows = list(rows)
+    having = [r.session for r in rows if experiment in (None, r.experiment)]
+    newest = max(having or [r.session for r in rows], default=None)
+    return [r for r in rows if r.session == newest]
+
+
+def latest(
+    names: Sequence[str], settings: Settings, *paths: str | Path, progress: bool = False
+) -> list[Row]:
+    """The rows of the newest session that holds all these experiments; measured now if none does.
+
+    For notebooks: what `reproduce` or `record` measured on this machine, under these flags, is not
+    measured again.
+
+    Args:
+        paths: record files to look into; new rows go to the first. Default: this machine's own
+            runs, then its recorded ones.
+    """
+    paths = paths or (records.local_file(settings.device), records.recorded_file(settings.device))
+    cases, mark = plan(names, settings), f" {_fingerprint(settings)}"
+    sessions: dict[str, list[Row]] = {}
+    for path in paths:
+        for row in records.read(path):
+            if row.session.endswith(mark):
+                sessions.setdefault(row.session, []).append(row)
+    for session in sorted(sessions, reverse=True):
+        done = _done(sessions[session], cases)
+        if len(done) == len(cases):
+            return [row for rows in done.values() for row in rows]
+    steps = run(names, settings, paths[0])
+    if progress:
+        from rich.progress import track
+
+        steps = track(steps, "Measuring", total=len(cases), transient=True)
+    return [row for done in steps for row in done.rows]
