@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,32 +24,6 @@ if TYPE_CHECKING:
 HOLDS, FAILS, DEPENDS, UNKNOWN = "holds", "does not hold", "depends", "not measured here"
 INF, NAN = float("inf"), float("nan")
 LIBRARY = ("native", "native_channels_last", "native_no_library", "auto")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What records say about a claim: the figure, whether it holds, and why, in one sentence."""
-
-    verdict: str
-    figure: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One claim of the thread.
-
-    Attributes:
-        id: T1 … T12.
-        text: the claim in our words.
-        figure: the thread's own figures, as text.
-        judge: the rule, rows → `Verdict`.
-    """
-
-    id: str
-    text: str
-    figure: Callable[[dict[str, float]], str]
-    judge: Callable[[Sequence[Row]], Verdict]
 
 
 @dataclass(frozen=True)
@@ -71,6 +45,41 @@ class Interval:
         if low <= self.low and self.high <= high:
             return HOLDS
         return FAILS if self.high < low or self.low > high else DEPENDS
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What records say about a claim: the figure, whether it holds, and why, in one sentence.
+
+    Attributes:
+        intervals: the measured figures that decided, where the rule has any.
+        claimed: (low, high), the range in which the claim would be right.
+        style: how the figures are written, "×" or "%".
+    """
+
+    verdict: str
+    figure: str
+    reason: str
+    intervals: tuple[Interval, ...] = ()
+    claimed: tuple[float, float] = (-INF, INF)
+    style: str = "×"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the thread.
+
+    Attributes:
+        id: T1 … T12.
+        text: the claim in our words.
+        figure: the thread's own figures, as text.
+        judge: the rule, rows → `Verdict`.
+    """
+
+    id: str
+    text: str
+    figure: Callable[[dict[str, float]], str]
+    judge: Callable[[Sequence[Row]], Verdict]
 
 
 def figures() -> dict[str, float]:
@@ -176,18 +185,19 @@ def decide(
         return missing()
     figure = "; ".join(f"{f.where}: {f.text(style)}" for f in found)
     votes = [f.against(low, high) for f in found]
-    if len(set(votes)) == 1 and votes[0] != DEPENDS:
-        return Verdict(votes[0], figure, reasons[votes[0]])
+    decided = next((v for v in votes if v != DEPENDS), DEPENDS)
     if HOLDS in votes and FAILS in votes:
         there = [f.where for f, v in zip(found, votes, strict=True) if v == HOLDS]
-        return Verdict(DEPENDS, figure, f"It holds for {' and '.join(there)} only.")
-    if len(found) == 1 or set(votes) == {DEPENDS}:
-        return Verdict(DEPENDS, figure, "The interval crosses the edge: inside the noise.")
-    decided = next(v for v in votes if v != DEPENDS)
-    side = "within" if decided == HOLDS else "outside"
-    return Verdict(
-        DEPENDS, figure, f"Clearly {side} the claim's range in part; the rest is inside the noise."
-    )
+        verdict, reason = DEPENDS, f"It holds for {' and '.join(there)} only."
+    elif DEPENDS not in votes:
+        verdict, reason = decided, reasons[decided]
+    elif decided == DEPENDS:
+        verdict, reason = DEPENDS, "The interval crosses the edge: inside the noise."
+    else:
+        side = "within" if decided == HOLDS else "outside"
+        verdict = DEPENDS
+        reason = f"Clearly {side} the claim's range in part; the rest is inside the noise."
+    return Verdict(verdict, figure, reason, tuple(found), (low, high), style)
 
 
 def missing() -> Verdict:
@@ -267,12 +277,14 @@ def t4_fold_free(rows: Sequence[Row]) -> Verdict:
     view = facts["F.fold"]["view"]
     figure = f"{copies_text(facts, 'F.fold')}; share of forward: {timed.figure}"
     if view:
-        return Verdict(timed.verdict, figure, f"It copies nothing. {timed.reason}")
-    if timed.verdict == HOLDS:
-        return Verdict(DEPENDS, figure, "It copies, yet takes under 5 % of forward.")
-    if timed.verdict == FAILS:
-        return Verdict(FAILS, figure, "It copies, and takes more than 5 % of forward.")
-    return Verdict(FAILS, figure, "It copies; whether that costs 5 % of forward is not decided.")
+        verdict, reason = timed.verdict, f"It copies nothing. {timed.reason}"
+    elif timed.verdict == HOLDS:
+        verdict, reason = DEPENDS, "It copies, yet takes under 5 % of forward."
+    elif timed.verdict == FAILS:
+        verdict, reason = FAILS, "It copies, and takes more than 5 % of forward."
+    else:
+        verdict, reason = FAILS, "It copies; whether that costs 5 % of forward is not decided."
+    return replace(timed, verdict=verdict, figure=figure, reason=reason)
 
 
 def t5_same_cost(rows: Sequence[Row]) -> Verdict:
@@ -344,11 +356,15 @@ def t8_batch(rows: Sequence[Row]) -> Verdict:
     outside = sum(r.against(2, 4) == FAILS for r in found)
     inside = sum(r.against(2, 4) == HOLDS for r in found)
     if inside == len(found):
-        return Verdict(HOLDS, figure, "Every ratio lies between 2 and 4.")
-    if outside:
-        reason = f"Of {len(found)} ratios {outside} lie outside 2 to 4."
-        return Verdict(FAILS, figure, reason)
-    return Verdict(DEPENDS, figure, f"Of {len(found)} ratios {inside} lie inside, none outside.")
+        verdict, reason = HOLDS, "Every ratio lies between 2 and 4."
+    elif outside:
+        verdict, reason = FAILS, f"Of {len(found)} ratios {outside} lie outside 2 to 4."
+    else:
+        verdict, reason = DEPENDS, f"Of {len(found)} ratios {inside} lie inside, none outside."
+    labelled = [
+        replace(r, where=f"{r.where}, {q}") for q, ratios in per_pass.items() for r in ratios
+    ]
+    return Verdict(verdict, figure, reason, tuple(labelled), (2, 4))
 
 
 def _value(found: Interval) -> float:
@@ -408,10 +424,12 @@ def t12_nothing(rows: Sequence[Row]) -> Verdict:
     best = max(found, key=lambda f: f.low)
     figure = f"{best.where}: {best.text('×')} faster"
     if best.low > 1.25:
-        return Verdict(FAILS, figure, f"{best.where.split(',')[0]} is faster in plain PyTorch.")
-    if all(f.high <= 1.25 for f in found):
-        return Verdict(HOLDS, figure, "No rewritten form measured so far gains over 25 %.")
-    return Verdict(DEPENDS, figure, "The gain of the best rewritten form is inside the noise.")
+        verdict, reason = FAILS, f"{best.where.split(',')[0]} is faster in plain PyTorch."
+    elif all(f.high <= 1.25 for f in found):
+        verdict, reason = HOLDS, "No rewritten form measured so far gains over 25 %."
+    else:
+        verdict, reason = DEPENDS, "The gain of the best rewritten form is inside the noise."
+    return Verdict(verdict, figure, reason, tuple(found), (0, 1.25))
 
 
 def _ms(value: float) -> str:
