@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from convlab import experiments, machine, records, thread
-from convlab.experiments import Settings
+from convlab.experiments import Case, Settings
 from convlab.records import RecordError, Row
 
 STYLES = {thread.HOLDS: "green", thread.FAILS: "red", thread.DEPENDS: "yellow"}
@@ -172,19 +174,50 @@ def _set_threads(threads: int | None) -> None:
 def _run_with_progress(names, settings, path, fresh, console) -> list[Row]:
     cases = experiments.plan(names, settings)
     left, pace, rows = sum(case.seconds for case in cases), _Pace(), []
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task(cases[0].name, total=left, left=_left(len(cases), left))
+    display = _bar if console.is_terminal else _lines
+    with display(cases, _left(len(cases), left), console) as show:
         for done in experiments.run(names, settings, path, fresh):
             rows += done.rows
             if done.resumed and done.index == 0:
-                progress.console.print("Going on with the run that was stopped.")
+                console.print("Going on with the run that was stopped.")
             left -= done.case.seconds
             pace.add(done)
-            following = cases[done.index + 1].name if done.index + 1 < len(cases) else "done"
-            text = _left(len(cases) - done.index - 1, left * pace.factor)
-            progress.update(task, advance=done.case.seconds, description=following[:40], left=text)
+            show(done, _left(len(cases) - done.index - 1, left * pace.factor))
     return rows
+
+
+Show = Callable[[experiments.Progress, str], None]
+
+
+@contextlib.contextmanager
+def _bar(cases: Sequence[Case], left: str, console: Console) -> Iterator[Show]:
+    """A bar, the next case's name and what is left; moves on with every case."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+    following = [case.name[:40] for case in cases[1:]] + ["done"]
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        total = sum(case.seconds for case in cases)
+        task = progress.add_task(cases[0].name[:40], total=total, left=left)
+        yield lambda done, left: progress.update(
+            task, advance=done.case.seconds, description=following[done.index], left=left
+        )
+
+
+@contextlib.contextmanager
+def _lines(cases: Sequence[Case], left: str, console: Console) -> Iterator[Show]:
+    """For a file or a pipe: a line at the start and whenever the experiment changes."""
+    planned = Counter(case.experiment for case in cases)
+    finished: Counter[str] = Counter()
+    following = [case.experiment for case in cases[1:]] + [None]
+    console.print(left, soft_wrap=True, highlight=False)
+
+    def show(done: experiments.Progress, left: str) -> None:
+        name = done.case.experiment
+        finished[name] += 1
+        if name != following[done.index]:
+            text = f"{name}: {finished[name]} of {_cases(planned[name])} done; {left}"
+            console.print(escape(text), soft_wrap=True, highlight=False)
+
+    yield show
 
 
 class _Pace:
@@ -209,7 +242,11 @@ class _Pace:
 
 def _left(cases: int, seconds: float) -> str:
     about = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
-    return f"{cases} cases left, about {about}" if cases else "nothing left"
+    return f"{_cases(cases)} left, about {about}" if cases else "nothing left"
+
+
+def _cases(count: int) -> str:
+    return f"{count} case{'s' if count != 1 else ''}"
 
 
 def _short(path: Path) -> str:

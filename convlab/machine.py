@@ -214,6 +214,19 @@ def free_bytes(device: str | torch.device = "cpu") -> int:
     return psutil.virtual_memory().available
 
 
+def stolen_seconds() -> float:
+    """CPU seconds, of all cores since the start, that the host of a virtual machine gave to others.
+
+    0 where the system does not count them.
+    """
+    try:
+        with open("/proc/stat") as file:
+            fields = file.readline().split()
+        return int(fields[8]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
 @functools.cache
 def versions() -> dict[str, str]:
     """Python, torch and the libraries behind it."""

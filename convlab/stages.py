@@ -22,7 +22,7 @@ from convlab.algorithms import ALGORITHMS
 from convlab.algorithms.thread import fold_stage, product_stage, unfold_stage
 from convlab.algorithms.unfold import weight_first_product
 from convlab.problem import ConvProblem, parse_device
-from convlab.timing import Function, profile, synchronize
+from convlab.timing import Function, profile, synchronize, undisturbed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +100,7 @@ def stage_times(
     for index in range(rounds):
         shuffle(order)
         for name in order:
-            for direction, parts in passes[name]().items():
+            for direction, parts in undisturbed(passes[name]).items():
                 rows += [(index, direction, part, value) for part, value in parts.items()]
     return pd.DataFrame(rows, columns=["round", "direction", "part", "seconds"])
 

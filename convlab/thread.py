@@ -1,8 +1,9 @@
 """The thread's claims, the figures it reported, and the verdict that records give on each.
 
 A rule compares a figure's 95 % interval with the range in which the claim would be right: wholly
-inside it holds, wholly outside it does not, and across the edge nothing is decided. Where two
-problems decide differently, it depends.
+inside it holds, wholly outside it does not, and across the edge nothing is decided. A claim with
+several figures (problems, settings of malloc) is decided when more than half of them are, and all
+of those alike; where two decide differently, or half are undecided, it depends.
 """
 
 from __future__ import annotations
@@ -185,18 +186,20 @@ def decide(
         return missing()
     figure = "; ".join(f"{f.where}: {f.text(style)}" for f in found)
     votes = [f.against(low, high) for f in found]
-    decided = next((v for v in votes if v != DEPENDS), DEPENDS)
+    most = max((HOLDS, FAILS), key=votes.count)
+    undecided = votes.count(DEPENDS)
     if HOLDS in votes and FAILS in votes:
         there = [f.where for f, v in zip(found, votes, strict=True) if v == HOLDS]
         verdict, reason = DEPENDS, f"It holds for {' and '.join(there)} only."
-    elif DEPENDS not in votes:
-        verdict, reason = decided, reasons[decided]
-    elif decided == DEPENDS:
+    elif 2 * votes.count(most) > len(votes):
+        verdict, reason = most, reasons[most]
+        if undecided:
+            reason += f" {undecided} of {len(votes)} figures: inside the noise."
+    elif len(votes) == 1:
         verdict, reason = DEPENDS, "The interval crosses the edge: inside the noise."
     else:
-        side = "within" if decided == HOLDS else "outside"
         verdict = DEPENDS
-        reason = f"Clearly {side} the claim's range in part; the rest is inside the noise."
+        reason = f"{undecided} of {len(votes)} intervals cross the edge: inside the noise."
     return Verdict(verdict, figure, reason, tuple(found), (low, high), style)
 
 
@@ -515,7 +518,7 @@ def judge(rows: Iterable[Row]) -> list[tuple[Claim, Verdict]]:
 
 
 def table(rows: Iterable[Row]) -> pd.DataFrame:
-    """`judge` with the thread's figures: claim, the thread, measured, verdict, reason."""
+    """`judge` with the thread's figures: claim, the thread, measured (`span`), verdict, reason."""
     import pandas as pd
 
     thread_figures = figures()
@@ -523,12 +526,21 @@ def table(rows: Iterable[Row]) -> pd.DataFrame:
         {
             "claim": f"{claim.id} {claim.text}",
             "the thread": claim.figure(thread_figures),
-            "measured": found.figure.replace("; ", "\n"),
+            "measured": span(found),
             "verdict": found.verdict,
             "reason": found.reason,
         }
         for claim, found in judge(rows)
     )
+
+
+def span(found: Verdict) -> str:
+    """The smallest and the largest of several figures, a line each, with interval and place."""
+    if len(found.intervals) < 3 or "; " not in found.figure:
+        return found.figure.replace("; ", "\n")
+    ordered = sorted(found.intervals, key=_value)
+    ends = "\n".join(f"{i.text(found.style)} ({i.where})" for i in (ordered[0], ordered[-1]))
+    return f"{ends}\nof {len(ordered)} figures"
 
 
 def title(rows: Sequence[Row]) -> str:

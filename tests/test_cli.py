@@ -1,5 +1,6 @@
 """The command line: kills and Ctrl-C lose nothing, bad input gets one sentence and exit code 2."""
 
+import itertools
 import json
 import os
 import random
@@ -10,11 +11,13 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from convlab import __main__, experiments, machine, records, thread
+from convlab.experiments import Case, Experiment
 from convlab.problems import thread_problem
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +41,9 @@ chosen = {
     "layer": Experiment("A few images", layer),
 }
 Settings.options = {"seconds": 0.05, "min_rounds": 3, "max_rounds": 3}
-experiments.EXPERIMENTS, experiments.REPRODUCE = chosen, tuple(chosen)
+experiments.EXPERIMENTS.clear()
+experiments.EXPERIMENTS.update(chosen)
+experiments.REPRODUCE = tuple(chosen)
 sys.exit(__main__.main(sys.argv[1:]))
 """
 CASES = 11
@@ -174,12 +179,17 @@ def test_interrupted_while_judging(convlab, monkeypatch, recorded):
     assert (done.returncode, done.stderr.strip()) == (130, "Stopped.")
 
 
+def only(monkeypatch, chosen):
+    """Leave nothing but these experiments in the registry, for this test."""
+    monkeypatch.setattr(experiments, "REPRODUCE", tuple(chosen))
+    monkeypatch.setattr(experiments.sessions, "EXPERIMENTS", chosen)
+    monkeypatch.setattr(experiments, "EXPERIMENTS", chosen)
+
+
 @pytest.fixture
 def only_storage(monkeypatch):
     """A plan that takes no time."""
-    for name in ("EXPERIMENTS", "REPRODUCE"):
-        chosen = {"storage": experiments.EXPERIMENTS["storage"]}
-        monkeypatch.setattr(experiments, name, chosen if name == "EXPERIMENTS" else tuple(chosen))
+    only(monkeypatch, {"storage": experiments.EXPERIMENTS["storage"]})
 
 
 def test_a_truncated_line_is_reported_once(convlab, folder, only_storage):
@@ -206,6 +216,149 @@ def test_threads_are_set(convlab, folder, only_storage):
     with machine.setting(threads=2 if os.cpu_count() > 1 else 1):
         assert convlab("reproduce", "--threads", 1, "--output", "rows.jsonl").returncode == 0
     assert {row.flags["threads"] for row in records.read("rows.jsonl")} == {1}
+
+
+# What is shown while it runs
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Puts a plan in place: experiment → names of its cases, which take no time."""
+    clock = itertools.count()
+
+    def put(seconds=1.0, **names):
+        def cases(experiment):
+            return lambda settings: [
+                Case(experiment, f"{experiment}/{name}", one_row(experiment), seconds=seconds)
+                for name in names[experiment]
+            ]
+
+        def one_row(experiment):
+            return lambda: [records.row(experiment, "native", thread_problem(2), "forward")]
+
+        only(monkeypatch, {name: Experiment("Is it?", cases(name)) for name in names})
+
+    monkeypatch.setattr(__main__, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    return put
+
+
+def progress_lines(done):
+    """What the run wrote, without the machine and the time that it took."""
+    first, *lines, last = done.stderr.splitlines()
+    assert first.startswith(machine.name())
+    assert last.startswith("Measured in")
+    return lines
+
+
+def test_a_pipe_gets_a_line_per_finished_experiment(convlab, folder, planned):
+    planned(storage="a", layer="bcd", batch="ef")
+    done = convlab("reproduce", "--output", "rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert progress_lines(done) == [
+        "6 cases left, about 6 s",
+        "storage: 1 of 1 case done; 5 cases left, about 5 s",
+        "layer: 3 of 3 cases done; 2 cases left, about 2 s",
+        "batch: 2 of 2 cases done; nothing left",
+    ]
+    assert "\x1b" not in done.stderr
+
+
+def test_lines_of_a_run_that_goes_on(convlab, folder, planned):
+    planned(storage="a", layer="b")
+    assert convlab("reproduce", "--output", "rows.jsonl").returncode == 0
+    planned(storage="a", layer="bcd")
+    assert progress_lines(convlab("reproduce", "--output", "rows.jsonl")) == [
+        "4 cases left, about 4 s",
+        "Going on with the run that was stopped.",
+        "storage: 1 of 1 case done; 3 cases left, about 3 s",
+        "layer: 3 of 3 cases done; nothing left",
+    ]
+    assert len(records.read("rows.jsonl")) == 4
+
+
+def test_the_estimate_follows_what_was_measured(convlab, folder, planned):
+    """The clock goes on by one second per reading, the cases were thought to take four."""
+    planned(storage="a", layer="bcd", seconds=4.0)
+    assert progress_lines(convlab("reproduce", "--output", "rows.jsonl"))[:2] == [
+        "4 cases left, about 16 s",
+        "storage: 1 of 1 case done; 3 cases left, about 3 s",
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_no_lines(convlab, monkeypatch, folder, planned):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    planned(storage="a", layer="bcd")
+    done = convlab("reproduce", "--output", "rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "━" in done.stderr
+    assert "nothing left" in done.stderr
+    assert "case done" not in done.stderr
+
+
+@pytest.mark.parametrize(("options", "visits"), [([], 3), (["--quick"], 1)])
+def test_record_visits_the_verdicts_experiments_three_times(
+    convlab, folder, planned, options, visits
+):
+    planned(storage="ab", step="cd")
+    done = convlab("record", *options, "--output", "rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert f"{2 + 2 * visits} rows: rows.jsonl" in done.stdout
+    names = [row.case for row in records.read("rows.jsonl")]
+    again = [f"step/{name} #{visit}" for visit in range(2, visits + 1) for name in "cd"]
+    assert sorted(names) == sorted(["storage/a", "storage/b", "step/c", "step/d", *again])
+    shown = [line.partition(";")[0] for line in progress_lines(done)[1:]]
+    assert shown == (
+        [
+            *("step: 2 of 6 cases done", "storage: 1 of 2 cases done"),
+            *("step: 4 of 6 cases done", "storage: 2 of 2 cases done"),
+            "step: 6 of 6 cases done",
+        ]
+        if visits == 3
+        else ["storage: 2 of 2 cases done", "step: 2 of 2 cases done"]
+    )
+
+
+def test_reproduce_visits_once(convlab, folder, planned):
+    planned(step="ab")
+    assert convlab("reproduce", "--output", "rows.jsonl").returncode == 0
+    assert [row.case for row in records.read("rows.jsonl")] == ["step/a", "step/b"]
+
+
+@pytest.mark.parametrize(
+    ("cases", "seconds", "text"),
+    [
+        (0, 0.0, "nothing left"),
+        (0, 50.0, "nothing left"),
+        (1, 0.0, "1 case left, about 1 s"),
+        (1, 1.4, "1 case left, about 1 s"),
+        (12, 89.0, "12 cases left, about 89 s"),
+        (12, 90.0, "12 cases left, about 2 min"),
+        (300, 3600.0, "300 cases left, about 60 min"),
+    ],
+)
+def test_what_is_left_in_words(cases, seconds, text):
+    assert __main__._left(cases, seconds) == text
+
+
+def test_the_pace_is_that_of_what_was_measured_and_not_of_what_was_there(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(__main__, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    pace = __main__._Pace()
+    assert pace.factor == 1
+
+    def add(taken, thought, resumed):
+        now[0] += taken
+        case = Case("tiny", "tiny/a", list, seconds=thought)
+        pace.add(experiments.Progress(case, [], 0, 9, resumed))
+
+    add(0.5, 1000.0, resumed=True)
+    assert pace.factor == 1
+    add(6.0, 2.0, resumed=False)
+    assert pace.factor == 3
+    add(0.5, 1000.0, resumed=True)
+    add(2.0, 2.0, resumed=False)
+    assert pace.factor == 2
 
 
 # Bad input

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from drawn import problems
 from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from convlab import ALGORITHMS, PROBLEMS, ConvProblem, cost, timing
@@ -87,7 +88,7 @@ def test_peak_memory_of_training_is_what_is_measured(algorithm, problem):
     assume(sizes.columns >= sizes.x)
     tensors = problem.inputs(requires_grad=True)
     grad = torch.ones(problem.output_shape)
-    train = lambda: torch.autograd.grad(  # noqa: E731
+    train = lambda: torch.autograd.grad(
         ALGORITHMS[algorithm](*tensors, **problem.kwargs), tensors, grad
     )
     measured = timing.peak_bytes(train)
@@ -95,8 +96,8 @@ def test_peak_memory_of_training_is_what_is_measured(algorithm, problem):
 
 
 @pytest.mark.parametrize("algorithm", ["thread", "unfold"])
-@given(problem=problems(min_batch=2, groups=(1,)))
-@settings(max_examples=20)
+@given(problem=problems(min_batch=2))
+@settings(max_examples=40)
 def test_what_the_steps_write_is_what_is_allocated(algorithm, problem):
     assume_counted_exactly(problem)
     sizes = cost.Sizes.of(problem)
@@ -136,11 +137,43 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory():
     assert cost.intensity(problem) == flops / moved
 
 
+CEILINGS = st.builds(cost.Ceilings, *[st.floats(1e3, 1e15)] * 2)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("algorithm", ["native", "thread", "unfold"])
+@given(problem=problems(min_batch=1), ceilings=CEILINGS, itemsize=st.sampled_from([2, 4, 8]))
+@settings(max_examples=50)
+def test_no_steps_are_faster_than_the_floor(algorithm, direction, problem, ceilings, itemsize):
+    sizes = cost.Sizes.of(problem)
+    assume(sizes.columns >= sizes.x)  # a stride that skips pixels need not read them
+    predicted = cost.predicted_seconds(algorithm, problem, ceilings, itemsize, direction)
+    floor = cost.floor_seconds(problem, ceilings, itemsize, direction)
+    assert predicted >= floor * (1 - 1e-9)
+    if (algorithm, direction) == ("native", "forward"):
+        assert predicted == pytest.approx(floor)
+
+
+def test_predicted_seconds_by_hand():
+    """Two images, one channel, kernel 3 on 3×3 pixels: x 18, weight 9, y 2, columns 18 values."""
+    problem = ConvProblem(2, 1, 1, 3, 3, kernel_size=3)
+    only_memory = cost.Ceilings(1e30, 1.0)
+    unfold, product = 18 + 18, (18 + 18) + (18 + 9 + 2)
+    assert cost.predicted_seconds("unfold", problem, only_memory, 1) == unfold + product + (2 + 2)
+    fold = (2 + 2) + (2 + 2)
+    assert cost.predicted_seconds("thread", problem, only_memory, 1) == unfold + product + fold
+    only_arithmetic = cost.Ceilings(1.0, 1e30)
+    flops = 2 * 2 * 9
+    for name in ("native", "unfold", "thread"):
+        assert cost.predicted_seconds(name, problem, only_arithmetic) == pytest.approx(flops)
+
+
 @pytest.mark.parametrize(
     ("call", "value"),
     [
         (lambda p: cost.steps("winograd3", p), "'winograd3'"),
         (lambda p: cost.steps("thread", p, direction="sideways"), "'sideways'"),
+        (lambda p: cost.predicted_seconds("winograd3", p, cost.Ceilings(1, 1)), "'winograd3'"),
         (lambda p: cost.moved_bytes("winograd3", p), "'winograd3'"),
         (lambda p: cost.peak_bytes("native", p), "'native'"),
         (lambda p: cost.peak_bytes("thread", p, direction="backward"), "'backward'"),

@@ -1,15 +1,15 @@
-"""A stopped run goes on where it stopped; what is wrong, unsupported or too large has no time."""
+"""What is wrong, unsupported or too large has no time; all else is compared in the same rounds."""
 
-import functools
 import json
 import math
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 from convlab import experiments, machine, records, thread, timing
 from convlab.algorithms import ALGORITHMS, algorithm
-from convlab.experiments import Case, Experiment, Settings, compare_case, one_pass
+from convlab.experiments import Experiment, Settings, cases, compare_case, named, one_pass
 from convlab.problem import ConvProblem
 from convlab.problems import thread_problem
 
@@ -24,191 +24,6 @@ def brief(monkeypatch):
     monkeypatch.setattr(Settings, "options", options)
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "rows.jsonl"
-
-
-class Tiny:
-    """An experiment "tiny" of four cases with two rows each; counts what is run."""
-
-    def __init__(self):
-        self.ran, self.stop_before, self.error, self.names = [], None, KeyboardInterrupt, "abcd"
-
-    def cases(self, settings):
-        return [Case("tiny", f"tiny/{n}", functools.partial(self.run, n)) for n in self.names]
-
-    def run(self, name):
-        if name == self.stop_before:
-            raise self.error
-        self.ran.append(name)
-        one = functools.partial(records.row, "tiny", pass_="forward", problem=SMALL)
-        return [one(algorithm=a, extra={"run": len(self.ran)}) for a in ("native", "thread")]
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    found = Tiny()
-    monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", Experiment("Is it?", found.cases))
-    return found
-
-
-def run(path, settings=QUICK, **options):
-    return list(experiments.run(["tiny"], settings, path, **options))
-
-
-def stopped(tiny, path, before="c", error=KeyboardInterrupt):
-    """Run until `before`; then forget what was run."""
-    tiny.stop_before, tiny.error = before, error
-    with pytest.raises(error):
-        run(path)
-    tiny.stop_before = None
-    tiny.ran.clear()
-
-
-def sessions(path):
-    """The sessions in the file, in order, each once."""
-    return list(dict.fromkeys(row.session for row in records.read(path)))
-
-
-# Going on
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("before", "bcd")
-def test_a_stopped_run_goes_on(tiny, path, before, error):
-    stopped(tiny, path, before, error)
-    kept = records.read(path)
-    assert len(kept) == 2 * "abcd".index(before)
-    done = run(path)
-    assert tiny.ran == list("abcd"["abcd".index(before) :])
-    assert [d.resumed for d in done] == [name < before for name in "abcd"]
-    assert [(d.index, d.total, d.case.name) for d in done] == [
-        (i, 4, f"tiny/{name}") for i, name in enumerate("abcd")
-    ]
-    rows = records.read(path)
-    assert rows[: len(kept)] == kept
-    assert rows == [row for d in done for row in d.rows]
-    assert len(sessions(path)) == 1
-
-
-def test_rows_are_on_disk_before_the_next_case_begins(tiny, path):
-    for index, done in enumerate(experiments.run(["tiny"], QUICK, path)):
-        assert records.read(path)[-2:] == done.rows
-        assert {(r.case, r.rows_in_case) for r in done.rows} == {(f"tiny/{'abcd'[index]}", 2)}
-
-
-def test_fresh_starts_anew(tiny, path):
-    stopped(tiny, path)
-    assert not any(done.resumed for done in run(path, fresh=True))
-    assert tiny.ran == list("abcd")
-    assert len(sessions(path)) == 2
-
-
-def test_a_finished_session_is_not_gone_on_with(tiny, path):
-    run(path)
-    run(path)
-    assert tiny.ran == list("abcdabcd")
-    first, second = sessions(path)
-    assert first < second
-    assert {r.session for r in experiments.last_session(records.read(path))} == {second}
-
-
-def test_an_older_stopped_session_stays_stopped(tiny, path):
-    stopped(tiny, path)
-    run(path, fresh=True)
-    tiny.ran.clear()
-    run(path)
-    assert tiny.ran == list("abcd")
-    assert len(sessions(path)) == 3
-
-
-def test_other_settings_do_not_go_on(monkeypatch, tiny, path):
-    def other_flag():
-        with machine.setting(cudnn_benchmark=not machine.flags()["cudnn_benchmark"]):
-            run(path)
-
-    def other_threads():
-        with machine.setting(threads=machine.flags()["threads"] + 1):
-            run(path)
-
-    def other_plan():
-        monkeypatch.setattr(tiny, "names", "abcde")
-        run(path)
-        monkeypatch.setattr(tiny, "names", "abcd")
-
-    def other_versions():
-        with monkeypatch.context() as patch:
-            patch.setattr(machine, "versions", lambda: {"torch": "0.1"})
-            run(path)
-
-    def other_device():
-        name = machine.name()
-        with monkeypatch.context() as patch:
-            patch.setattr(experiments, "parse_device", str)
-            patch.setattr(machine, "name", lambda device: name)
-            run(path, Settings("cuda", quick=True))
-
-    stopped(tiny, path)
-    others = [other_flag, other_threads, other_plan, other_versions, other_device]
-    others.append(lambda: run(path, Settings(quick=False)))
-    for index, other in enumerate(others):
-        tiny.ran.clear()
-        other()
-        assert tiny.ran[:4] == list("abcd"), other
-        assert len(sessions(path)) == 2 + index
-    tiny.ran.clear()
-    run(path)
-    assert tiny.ran == list("cd")
-
-
-@pytest.mark.parametrize("left", [1, 3])
-def test_a_half_written_case_is_measured_again(tiny, path, left):
-    stopped(tiny, path)
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:left]))
-    run(path)
-    assert tiny.ran == list("abcd"[left // 2 :])
-    tiny.ran.clear()
-    run(path)
-    assert tiny.ran == list("abcd"), "the session was not taken for finished"
-
-
-def test_two_beginnings_of_a_case_are_no_whole(tiny, path):
-    stopped(tiny, path)
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines[:3], lines[2]]))
-    done = run(path)
-    assert tiny.ran == list("bcd")
-    assert {r.algorithm for r in done[1].rows} == {"native", "thread"}
-
-
-def test_what_a_half_written_case_left_is_no_part_of_it(tiny, path):
-    stopped(tiny, path)
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:3] + lines[2:]))
-    done = run(path)
-    assert tiny.ran == list("cd")
-    assert [r.algorithm for r in done[1].rows] == ["native", "thread"]
-
-
-def test_a_bad_line_is_found_before_anything_is_measured(tiny, path):
-    path.write_text("hello\n")
-    with pytest.raises(records.RecordError, match="line 1"):
-        run(path)
-    assert tiny.ran == []
-
-
-def test_the_latest_finished_session_is_not_measured_again(tiny, path):
-    rows = experiments.latest(["tiny"], QUICK, path)
-    assert experiments.latest(["tiny"], QUICK, path) == rows
-    assert tiny.ran == list("abcd")
-    with machine.setting(threads=machine.flags()["threads"] + 1):
-        experiments.latest(["tiny"], QUICK, path)
-    assert tiny.ran == list("abcdabcd")
-    assert experiments.latest(["tiny"], QUICK, path) == rows
-
-
 # Names and settings
 
 
@@ -221,6 +36,39 @@ def test_an_unknown_experiment_is_named():
 def test_an_unknown_device_is_named(device):
     with pytest.raises(ValueError, match=f"device must be 'cpu' or 'cuda', got {device!r}"):
         Settings(device)
+
+
+@pytest.mark.parametrize("visits", [0, -1, True, 2.0, "3", None], ids=repr)
+def test_a_bad_number_of_visits_is_named(visits):
+    with pytest.raises(ValueError, match=rf"visits must be .* at least 1, got {visits!r}"):
+        Settings(visits=visits)
+
+
+@pytest.mark.parametrize("limit", [0, -1, -0.5, True, math.nan, "1 GB"], ids=repr)
+def test_a_bad_memory_limit_is_named(limit):
+    with pytest.raises(
+        ValueError, match=f"memory_limit must be None or bytes above 0, got {limit!r}"
+    ):
+        Settings(memory_limit=limit)
+
+
+def test_a_case_may_use_nine_tenths_of_what_is_free_or_less(monkeypatch):
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 1000)
+    assert Settings().memory == 900
+    assert Settings(memory_limit=5000).memory == 900
+    assert Settings(memory_limit=10).memory == 10
+
+
+def test_quick_takes_an_eighth_of_large_batches():
+    assert [QUICK.batch(n) for n in (2, 64, 256, 512)] == [2, 64, 32, 64]
+    assert [Settings().batch(n) for n in (2, 64, 256, 512)] == [2, 64, 256, 512]
+
+
+def test_the_brief_options_are_no_longer_than_the_usual_ones(monkeypatch):
+    monkeypatch.undo()  # the options of this file
+    for settings in (QUICK, Settings()):
+        assert settings.brief.keys() == settings.options.keys()
+        assert all(settings.brief[name] <= settings.options[name] for name in settings.brief)
 
 
 def test_every_case_has_a_name_of_its_own():
@@ -238,11 +86,12 @@ def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("records") / "rows.jsonl"
     chosen = {
         "storage": experiments.EXPERIMENTS["storage"],
-        "photographs": Experiment("Forward only", lambda s: experiments._photographs(s)[:1]),
-        "layer": Experiment("Two images", lambda s: experiments._layer(s)[:2]),
+        "photographs": Experiment("Forward only", lambda s: named._photographs(s)[:1]),
+        "layer": Experiment("Two images", lambda s: named._layer(s)[:2]),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "EXPERIMENTS", chosen)
+        for name, experiment in chosen.items():
+            patch.setitem(experiments.EXPERIMENTS, name, experiment)
         patch.setattr(Settings, "options", {"seconds": 0.1, "min_rounds": 3, "max_rounds": 9})
         done = list(experiments.run(chosen, QUICK, path))
     assert records.read(path) == [row for d in done for row in d.rows]
@@ -309,12 +158,81 @@ def test_ceilings_come_from_their_rows():
     assert (found.flops_per_second, found.bytes_per_second) == (5, 5)
 
 
+# Cases
+
+
+def test_a_case_says_what_it_compares_and_under_which_flags():
+    names = ("native", "thread")
+    case = compare_case("step", SMALL, names, "train", QUICK, flags={"threads": 1})
+    assert case.name == "step/b2-3to4-8x8/train/1 thread"
+    assert (case.experiment, case.algorithms, case.flags) == ("step", names, {"threads": 1})
+    assert compare_case("step", SMALL, names, "train", QUICK).flags == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "b2-3to4-8x8"),
+        ({"kernel_size": 1, "padding": 0}, "b2-3to4-8x8-k1"),
+        ({"kernel_size": (3, 1)}, "b2-3to4-8x8-k3x1"),
+        ({"stride": 2}, "b2-3to4-8x8-s2"),
+        ({"dilation": (1, 2)}, "b2-3to4-8x8-d1x2"),
+        ({"in_channels": 4, "groups": 4}, "b2-4to4-8x8-g4"),
+    ],
+    ids=str,
+)
+def test_a_short_name_tells_problems_apart(changes, name):
+    assert experiments.short_name(SMALL.replace(**changes)) == name
+
+
+def test_the_thought_time_of_a_case_grows_with_its_work():
+    once = {"seconds": 0.0, "min_rounds": 1, "max_rounds": 1}
+
+    def seconds(*names, batch=512, pass_="train"):
+        case = compare_case("step", thread_problem(batch), names, pass_, Settings(), options=once)
+        return case.seconds
+
+    assert 0 < seconds("native", batch=2) < seconds("native") < seconds("native", "thread")
+    assert seconds("thread", pass_="forward") < seconds("thread")
+    assert all(case.seconds > 0 for case in experiments.plan(experiments.EXPERIMENTS, Settings()))
+
+
+@pytest.mark.parametrize("faults", [False, True])
+def test_rows_hold_the_page_faults_of_one_call_where_they_are_asked_for(monkeypatch, faults):
+    monkeypatch.setattr(timing, "page_faults", lambda fn: 7)
+    case = compare_case("step", SMALL, ("native", "thread"), "forward", QUICK, faults=faults)
+    rows = experiments.run_case(case)
+    assert [row.extra for row in rows] == [{"page_faults": 7} if faults else {}] * 2
+
+
+def test_page_faults_are_asked_for_where_the_batch_grows():
+    """And only there: each costs one more call."""
+    plan = experiments.plan(["scale_batch", "batch_settings", "scale_kernel"], QUICK)
+    asked = {case.experiment: case.run.args[-1] for case in plan}
+    assert asked == {"scale_batch": True, "batch_settings": True, "scale_kernel": False}
+
+
+def test_the_memory_experiment_stays_under_its_budget():
+    for settings, budget in (
+        (Settings(), named.BUDGET),
+        (Settings(memory_limit=1000), 1000),
+        (Settings(memory_limit=named.BUDGET * 2), named.BUDGET),
+    ):
+        plan = experiments.plan(["memory"], settings)
+        assert {case.run.args[4].memory_limit for case in plan} == {budget}
+
+
+def test_on_the_cpu_a_gpus_mistakes_are_not_looked_for():
+    assert experiments.plan(["pitfalls"], Settings()) == []
+    assert experiments.latest(["pitfalls"], Settings(), "nowhere.jsonl") == []
+
+
 # What has no time
 
 
-def compared(*names, problem=SMALL, candidate=None, pass_="forward"):
+def compared(*names, problem=SMALL, candidate=None, pass_="forward", settings=QUICK):
     """The rows of one case, by algorithm; all of them can be written."""
-    case = compare_case("layer", problem, names, pass_, QUICK, candidate)
+    case = compare_case("layer", problem, names, pass_, settings, candidate)
     rows = experiments.run_case(case, "now")
     for row in rows:
         json.loads(row.as_json())
@@ -379,23 +297,117 @@ def test_an_unsupported_algorithm_says_why(monkeypatch, timed):
     assert timed == ["native"]
 
 
-def test_what_will_not_fit_into_memory_is_not_tried(monkeypatch, timed):
-    monkeypatch.setattr(machine, "free_bytes", lambda device: 1000)
-    rows = compared("native", "thread", "unfold", problem=thread_problem(2))
+def never(*arguments):
+    raise AssertionError("this was not to be called")
+
+
+def limit_between(problem, small, large, pass_="forward"):
+    """Settings whose memory suffices for one algorithm and not for the other."""
+    needs = [cases.needed_bytes(name, problem, pass_) for name in (small, large)]
+    assert needs[0] < needs[1]
+    return Settings(quick=True, memory_limit=sum(needs) // 2)
+
+
+@pytest.mark.parametrize("pass_", ["forward", "train"])
+def test_what_will_not_fit_into_memory_is_not_tried(timed, pass_):
+    problem = thread_problem(2)
+    settings = limit_between(problem, "native", "unfold", pass_)
+    names = ("native", "thread", "unfold")
+    rows = compared(*names, problem=problem, pass_=pass_, settings=settings)
     for name in ("thread", "unfold"):
-        assert rows[name].status == "out of memory"
-        assert rows[name].extra["predicted_bytes"] > rows[name].extra["free_bytes"] == 1000
+        assert rows[name].status == "out of memory (predicted)" == records.PREDICTED
+        extra = rows[name].extra
+        assert extra["predicted_bytes"] == cases.needed_bytes(name, problem, pass_)
+        assert extra["predicted_bytes"] > extra["free_bytes"] == settings.memory_limit
         assert has_no_time(rows[name])
     assert rows["native"].status == "ok"
     assert len(rows["native"].samples) == 3
     assert timed == ["native"]
 
 
-def test_stages_that_will_not_fit_are_one_row(monkeypatch):
+@pytest.mark.parametrize("pass_", ["forward", "train"])
+def test_under_a_memory_limit_nothing_is_run(monkeypatch, timed, pass_):
+    add(monkeypatch, "greedy", never)
+    monkeypatch.setattr(ConvProblem, "inputs", never)
+    settings = Settings(memory_limit=1)
+    rows = compared(*ALGORITHMS, pass_=pass_, settings=settings, candidate=never)
+    assert rows.keys() == ALGORITHMS.keys()
+    assert {row.status for row in rows.values()} == {records.PREDICTED}
+    assert all(has_no_time(row) for row in rows.values())
+    assert timed == []
+
+
+def test_free_memory_limits_what_is_tried(monkeypatch, timed):
     monkeypatch.setattr(machine, "free_bytes", lambda device: 1000)
-    (row,) = experiments.run_case(experiments.stages_case(SMALL, "thread", QUICK))
-    assert row.status == "out of memory"
+    row = compared("thread")["thread"]
+    assert (row.status, row.extra["free_bytes"]) == (records.PREDICTED, 900)
+    assert timed == []
+
+
+def test_stages_that_will_not_fit_are_one_row():
+    settings = Settings(quick=True, memory_limit=1000)
+    (row,) = experiments.run_case(experiments.stages_case(SMALL, "thread", settings))
+    assert row.status == records.PREDICTED
     assert has_no_time(row)
+
+
+@pytest.mark.parametrize("name", ["thread", "unfold"])
+@pytest.mark.parametrize("pass_", ["forward", "train"])
+def test_what_is_predicted_suffices(name, pass_):
+    """What a pass allocates beside its input, its weight and its bias, and what these are."""
+    problem = thread_problem(3)
+    own = sum(t.nbytes for t in problem.inputs())
+    allocated = timing.peak_bytes(one_pass(name, problem, pass_, "cpu"))
+    assert own + allocated <= cases.needed_bytes(name, problem, pass_) < 1.5 * (own + allocated)
+
+
+@pytest.fixture
+def exhausted():
+    """What PyTorch raises on this system when it asks for 2⁵⁵ bytes."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**55, dtype=torch.int8)
+    return raised.value
+
+
+def test_running_out_of_memory_is_told_from_other_errors(exhausted):
+    status, values = cases.memory_error(exhausted)
+    assert status == "out of memory"
+    assert values["extra"]["reason"] == str(exhausted).splitlines()[0]
+    for text in ("CUDA out of memory. Tried to allocate 2 GiB.\nSee below", "out of memory"):
+        status, values = cases.memory_error(torch.OutOfMemoryError(text))
+        assert (status, values["extra"]["reason"]) == ("out of memory", text.splitlines()[0])
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        cases.memory_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize("when", ["checked", "prepared", "first called"])
+def test_an_algorithm_that_runs_out_of_memory_gets_no_time(monkeypatch, timed, exhausted, when):
+    def fail(*arguments):
+        raise exhausted
+
+    def candidate(name, problem, pass_, device):
+        if name == "thread" and when == "prepared":
+            fail()
+        return fail if name == "thread" and when == "first called" else lambda: None
+
+    add(monkeypatch, "greedy", fail)
+    failing = "greedy" if when == "checked" else "thread"
+    rows = compared("native", failing, candidate=candidate)
+    assert rows[failing].status == "out of memory"
+    assert "allocate" in rows[failing].extra["reason"]
+    assert has_no_time(rows[failing])
+    assert rows["native"].status == "ok"
+    assert timed == ["native"]
+
+
+@pytest.mark.parametrize("when", ["checked", "called"])
+def test_any_other_error_ends_the_run(monkeypatch, when):
+    def fail(*arguments):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    add(monkeypatch, "buggy", fail if when == "checked" else lambda y: y)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        compared("buggy", candidate=lambda *arguments: fail)
 
 
 def test_nothing_left_to_time(monkeypatch, timed):
@@ -434,7 +446,7 @@ def test_one_pass_makes_the_pass_that_it_names(name):
 
 
 def test_photographs_are_what_is_timed(measured):
-    batch = experiments._photo_batch(SMALL)
+    batch = named._photo_batch(SMALL)
     assert batch.shape == SMALL.input_shape
     y = one_pass("native", SMALL, "forward", "cpu", images=lambda p: batch)()
     _, weight, bias = SMALL.inputs()

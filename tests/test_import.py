@@ -26,6 +26,7 @@ LAYERS = [
     "oracle",
     "stages",
     "images",
+    "vision",
     "records",
     "experiments",
     "thread",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from convlab import ALGORITHMS, PROBLEMS, ConvProblem, check
 from convlab.algorithms import algorithm
 from convlab.oracle import tolerance
+from convlab.problem import parse_dtype
 
 GROUPS = ConvProblem(3, 4, 6, 9, 8, kernel_size=(3, 2), stride=(2, 1), padding=1, groups=2)
 PROBLEMS_CHECKED = {
@@ -169,6 +170,75 @@ def test_random_rounding_is_ok_but_not_repeatable():
     assert check("native", GROUPS).repeatable
 
 
+# Arithmetic in another format than the tensors'
+
+COARSE = [
+    *(one_tap_missing, kernel_flipped, shifted_by_a_pixel, groups_swapped),
+    *(bias_of_the_next_channel, bias_forgotten, one_nan, one_infinity, one_column_less),
+    *(gradient_of_x_twice, gradient_of_x_missing, all_gradients_missing),
+]
+
+
+def too_large_by_one_percent(x, weight, bias, *sizes):
+    return 1.01 * F.conv2d(x, weight, bias, *sizes)
+
+
+def rounded(function, dtype):
+    """The algorithm under autocast's rounding: what it is given and what it returns."""
+
+    def low(x, weight, bias, *sizes):
+        return function(*(t.to(dtype) for t in (x, weight, bias)), *sizes).to(x.dtype)
+
+    return algorithm("Rounds what it is given.")(low)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS_CHECKED.values(), ids=list(PROBLEMS_CHECKED))
+@pytest.mark.parametrize("arithmetic", ["bfloat16", torch.float16], ids=str)
+def test_arithmetic_in_a_smaller_format_is_ok_only_if_it_is_told(problem, arithmetic):
+    low = rounded(F.conv2d, parse_dtype(arithmetic))
+    told = check(low, problem, arithmetic=arithmetic)
+    assert told.ok, told.reason
+    assert told.grad_errors.keys() == {"x", "weight", "bias"}
+    plain = check(low, problem)
+    assert plain.max_error == told.max_error, "what is found is the same, what is allowed is not"
+    if problem.batch:
+        assert not plain.ok
+        assert 1e-5 < plain.max_error < 0.02
+
+
+def test_an_error_of_one_percent_is_one_in_float32():
+    off = algorithm("Broken on purpose.")(too_large_by_one_percent)
+    for problem in (GROUPS, PROBLEMS_CHECKED["wide"]):
+        result = check(off, problem)
+        assert not result.ok
+        assert result.max_error == pytest.approx(0.01, rel=0.01)
+        assert result.ok == check(off, problem, arithmetic="float32").ok
+
+
+@pytest.mark.parametrize("function", COARSE, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float16"])
+def test_coarse_faults_show_in_a_smaller_format_too(function, arithmetic):
+    broken = algorithm("Broken on purpose.")(function)
+    result = check(broken, GROUPS, arithmetic=arithmetic)
+    assert not result.ok
+    assert result.reason.startswith(BROKEN[function])
+    low = check(rounded(function, parse_dtype(arithmetic)), GROUPS, arithmetic=arithmetic)
+    assert not low.ok
+    assert low.reason.startswith(BROKEN[function])
+
+
+def test_a_smaller_format_allows_more():
+    """float32 less than float16, float16 less than bfloat16."""
+    once = {t: rounded(F.conv2d, t) for t in (torch.float16, torch.bfloat16)}
+    for told, used, ok in (
+        (torch.float16, torch.float16, True),
+        (torch.bfloat16, torch.float16, True),
+        (torch.float32, torch.float16, False),
+        (torch.bfloat16, torch.bfloat16, True),
+    ):
+        assert check(once[used], GROUPS, arithmetic=told).ok == ok
+
+
 @given(problem=problems(min_batch=1), seed=st.integers(0, 99))
 @settings(max_examples=30)
 def test_the_limit_is_the_derived_one(problem, seed):
@@ -209,6 +279,7 @@ def test_sums_of_products_stay_within_the_tolerance(dtype, count, seed):
         ({"algorithm": "unfolded"}, ["algorithm", "native, .*unfold", "'unfolded'"]),
         ({"dtype": "int8"}, ["dtype", "float32", "'int8'"]),
         ({"dtype": torch.complex64}, ["dtype", "torch.complex64"]),
+        ({"arithmetic": "int8"}, ["dtype", "float32", "'int8'"]),
         ({"device": "tpu"}, ["device", "'tpu'"]),
         ({"device": "cuda:99"}, ["device", "'cuda:99'"]),
     ],

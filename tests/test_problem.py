@@ -160,11 +160,6 @@ def test_devices_and_dtypes_by_name_and_as_objects():
     assert parse_dtype(torch.bfloat16) is torch.bfloat16
 
 
-def test_the_problem_of_the_thread():
-    assert PROBLEMS["thread_b2"] == ConvProblem(2, 10, 15, 50, 50, 3, padding=1)
-    assert [p.batch for n, p in PROBLEMS.items() if n.startswith("thread")] == [2, 64, 256, 512]
-
-
 @pytest.mark.parametrize(
     ("problem", "text"),
     [

@@ -19,8 +19,9 @@ def test_the_table_is_what_the_records_give():
 
 def test_the_map_names_every_module():
     named = set(re.findall(r"^  (\w+\.py|\w+/) ", README, re.MULTILINE))
-    modules = {path.name for path in (ROOT / "convlab").glob("*.py")} | {"algorithms/"}
-    assert named == modules - {"__init__.py"}
+    modules = {path.name for path in (ROOT / "convlab").glob("*.py")}
+    packages = {f"{path.parent.name}/" for path in (ROOT / "convlab").glob("*/__init__.py")}
+    assert named == modules - {"__init__.py"} | packages
 
 
 def test_every_linked_file_exists():

@@ -69,6 +69,7 @@ def three(path):
         {},
         {"pass_": "", "problem": {}, "launches": 3, "peak_bytes": None, "median": 0},
         {"status": "wrong", "median": None, "q25": None, "q75": None, "samples": []},
+        {"status": records.PREDICTED, "median": None, "q25": None, "q75": None, "samples": []},
     ],
 )
 def test_row_to_json_and_back(changes):
@@ -112,6 +113,13 @@ def test_a_row_that_is_not_ok_carries_no_time(status, field):
 def test_an_unknown_status_or_pass_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(made_up(), **changes)
+
+
+def test_the_schema_explains_every_field_and_every_status():
+    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"`([^`]+)`", text))
+    assert {field.name.rstrip("_") for field in dataclasses.fields(Row)} <= explained
+    assert set(records.STATUSES) <= explained
 
 
 # A whole file

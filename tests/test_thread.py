@@ -1,5 +1,6 @@
 """Every rule holds, fails and stays undecided on the rows that say so, and on no others."""
 
+import dataclasses
 import random
 import re
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convlab import records, thread
+from convlab import machine, records, thread
 from convlab.problems import thread_problem
 from convlab.records import RecordError
 from convlab.thread import DEPENDS, FAILS, HOLDS, UNKNOWN, Interval
@@ -288,6 +289,181 @@ def test_the_best_rewritten_form_is_named():
     found = verdict("T12", steps(thread=6, unfold=3, windows=2, native=1))
     assert found.figure.startswith("windows, 256 images, train: 3× [")
     assert found.reason.startswith("windows is faster")
+
+
+# Several visits and two settings of malloc
+
+
+def visited(number, rows):
+    """The same rows as a later visit of the same session."""
+    return [dataclasses.replace(r, case=f"{r.case} #{number}") for r in rows]
+
+
+def kept(rows):
+    """The same rows, measured while the C library kept freed memory."""
+    flags = machine.flags() | {"allocator": f"glibc, {machine.KEEP_FREED}"}
+    cases = [r.case.partition(" #") for r in rows]
+    return [
+        dataclasses.replace(r, flags=flags, case="".join((case, "/memory kept", mark, number)))
+        for r, (case, mark, number) in zip(rows, cases)
+    ]
+
+
+# Claim → rows made from a figure, a figure for which it holds, one for which it fails
+FIGURES = {
+    "T3": (ratio("thread", "native"), 6, 3),
+    "T9": (ratio("thread", "native", "forward"), 6.5, 9),
+    "T10": (ratio("native_no_library", "thread"), 1, 0.4),
+    "T11": (ratio("native_no_library", "native"), 4, 1.5),
+}
+
+
+@pytest.mark.parametrize("claim_id", FIGURES)
+@pytest.mark.parametrize(
+    ("default", "with_kept", "expected"),
+    [
+        (HOLDS, HOLDS, HOLDS),
+        (FAILS, FAILS, FAILS),
+        (FAILS, HOLDS, DEPENDS),
+        (HOLDS, FAILS, DEPENDS),
+    ],
+)
+def test_both_settings_of_malloc_decide(claim_id, default, with_kept, expected):
+    make, holding, failing = FIGURES[claim_id]
+    figures = {HOLDS: holding, FAILS: failing}
+    rows = kept(make(figures[with_kept])) + make(figures[default])
+    found = verdict(claim_id, rows)
+    assert found.verdict == expected
+    assert [i.where for i in found.intervals] == ["256 images", "256 images, memory kept"]
+    assert [i.against(*found.claimed) for i in found.intervals] == [default, with_kept]
+    assert [part.split(":")[0] for part in found.figure.split("; ")] == [
+        "256 images",
+        "256 images, memory kept",
+    ]
+    if expected == DEPENDS:
+        where = "256 images" if default == HOLDS else "256 images, memory kept"
+        assert found.reason == f"It holds for {where} only."
+
+
+@pytest.mark.parametrize("claim_id", FIGURES)
+def test_one_setting_of_malloc_inside_the_noise_leaves_it_undecided(claim_id):
+    make, holding, failing = FIGURES[claim_id]
+    for clear in (holding, failing):
+        found = verdict(claim_id, make(clear) + kept(make(tuple(sorted((holding, failing))))))
+        assert found.verdict == DEPENDS
+        assert found.reason == "1 of 2 intervals cross the edge: inside the noise."
+
+
+@pytest.mark.parametrize("claim_id", FIGURES)
+def test_visits_of_a_case_are_one_figure(claim_id):
+    make, holding, failing = FIGURES[claim_id]
+
+    def visits(*figures):
+        first, *later = [make(x) for x in figures]
+        again = [r for i, rows in enumerate(later, 2) for r in visited(i, rows)]
+        return first + again
+
+    for figure, expected in ((holding, HOLDS), (failing, FAILS)):
+        found = verdict(claim_id, visits(figure, figure, figure))
+        assert found.verdict == expected
+        assert [i.where for i in found.intervals] == ["256 images"]
+    apart = verdict(claim_id, visits(holding, failing, holding))
+    assert apart.verdict == DEPENDS, "the interval spans visits that disagree"
+    (interval,) = apart.intervals
+    low, high = sorted((holding, failing))
+    assert interval.low == pytest.approx(low, rel=0.05)
+    assert interval.high == pytest.approx(high, rel=0.05)
+    both = visits(holding, holding) + kept(visits(failing, failing))
+    assert verdict(claim_id, both).verdict == DEPENDS
+    assert len(verdict(claim_id, both).intervals) == 2
+
+
+def test_visits_of_stages_are_one_figure_per_batch_and_setting_of_malloc():
+    rows = [
+        r
+        for batch in (2, 64)
+        for i in (1, 2, 3)
+        for r in (visited(i, stages(batch)) if i > 1 else stages(batch))
+    ]
+    for claim_id in ("T2", "T5", "T6"):
+        found = verdict(claim_id, rows + kept(rows))
+        assert [i.where for i in found.intervals] == [
+            *("2 images", "2 images, memory kept", "64 images", "64 images, memory kept")
+        ]
+
+
+def test_the_extra_time_is_that_of_the_same_setting_of_malloc():
+    """The layer's extra time and its stages are compared under one allocator each."""
+    half = stages(forward=(1, 4, 1), backward=(1, 4, 1))
+    default = steps(native=1, thread=5) + stages()  # unfold and fold: 75 % of the layer
+    found = verdict("T7", default + kept(steps(native=1, thread=5) + half))
+    assert found.verdict == DEPENDS
+    assert found.reason == "It holds for 256 images only."
+    first, second = (i.value for i in found.intervals)
+    assert (first, second) == pytest.approx((0.75 / 0.8, (1 / 3) / 0.8), rel=0.01)
+    only_default = verdict("T7", default + kept(half))
+    assert [i.where for i in only_default.intervals] == ["256 images"]
+
+
+def test_the_best_rewritten_form_says_where_it_was_best():
+    rows = steps(thread=6, windows=3) + kept(steps(thread=6, windows=2))
+    found = verdict("T12", rows)
+    assert found.verdict == FAILS
+    assert found.figure.startswith("windows, 256 images, memory kept, train: 3× [")
+    assert len(found.intervals) == 2
+
+
+def undecided(number, batch=2):
+    """Stages of so many batches whose figures for T5 and T6 cross an edge."""
+    return [
+        r
+        for i in range(number)
+        for r in stages(batch * 2**i, (1, NOISY, 1), (NOISY, NOISY, NOISY), (4, NOISY))
+    ]
+
+
+@pytest.mark.parametrize("claim_id", ["T5", "T6"])
+@pytest.mark.parametrize(
+    ("clear", "unclear", "expected"),
+    [(2, 1, True), (1, 1, False), (3, 2, True), (2, 2, False), (1, 2, False), (0, 3, False)],
+)
+@pytest.mark.parametrize("side", [HOLDS, FAILS])
+def test_more_than_half_of_the_figures_decide(claim_id, side, clear, unclear, expected):
+    stage = {HOLDS: stages, FAILS: lambda n: stages(n, (1, 9, 1), (90, 1, 1))}[side]
+    rows = [r for i in range(clear) for r in stage(1024 * 2**i)] + undecided(unclear)
+    found = verdict(claim_id, rows)
+    count = clear + unclear
+    if expected:
+        assert found.verdict == side
+        assert found.reason.endswith(f". {unclear} of {count} figures: inside the noise.")
+    else:
+        assert found.verdict == DEPENDS
+        assert found.reason == f"{unclear} of {count} intervals cross the edge: inside the noise."
+
+
+def test_one_figure_on_the_other_side_is_enough_to_depend():
+    rows = stages(2) + stages(4) + stages(8) + stages(16, (1, 9, 1)) + undecided(2, 64)
+    found = verdict("T5", rows)
+    assert found.verdict == DEPENDS
+    assert found.reason == "It holds for 2 images and 4 images and 8 images only."
+
+
+def test_the_span_of_several_figures_is_its_ends():
+    """All of one or two figures, else the smallest and the largest of them."""
+    rows = stages(2, (1, 3, 1)) + stages(4, (1, 1, 1))
+    assert re.sub(r" \[.*?\]", "", thread.span(verdict("T5", rows))) == "2 images: 3×\n4 images: 1×"
+    rows += stages(8, (1, 5, 1))
+    assert re.sub(r" \[.*?\]", "", thread.span(verdict("T5", rows))) == (
+        "1× (4 images)\n5× (8 images)\nof 3 figures"
+    )
+    assert thread.span(thread.missing()) == "–"
+
+
+def test_sessions_are_not_mixed():
+    """Rows of another session are another measurement, not another visit."""
+    later = [dataclasses.replace(r, session="2031-01-01 full-0") for r in steps(native=1, thread=3)]
+    found = verdict("T3", steps(native=1, thread=6) + later)
+    assert [round(i.value) for i in found.intervals] == [6, 3]
 
 
 # Intervals

@@ -1,6 +1,7 @@
 """`measure` and `compare`: what was timed, on which clock, under which flags. Never how fast."""
 
 import itertools
+import mmap
 import subprocess
 import sys
 import time
@@ -103,7 +104,8 @@ def test_the_table_of_compare():
     assert table.ratio["a"] == table["median"]["a"] / table["median"]["b"]
 
 
-def test_rounds_are_paired_and_their_order_is_random():
+def test_rounds_are_paired_and_their_order_is_random(monkeypatch):
+    monkeypatch.setattr(machine, "stolen_seconds", lambda: 0.0)  # else a sample may be taken again
     order = []
     slow = {name: lambda name=name: (order.append(name), time.sleep(0.002)) for name in "abc"}
     interleaved(slow, max_rounds=20, min_rounds=20, peak=False)
@@ -118,6 +120,22 @@ def test_rounds_are_paired_and_their_order_is_random():
     order.clear()
     interleaved(slow, max_rounds=20, min_rounds=20, peak=False)
     assert order == again, "the order is drawn from the seed"
+
+
+@pytest.mark.parametrize(
+    ("known", "repeated"), [({"a": 2.0}, False), ({"a": 0.9}, True), ({}, True)]
+)
+def test_a_first_call_that_took_long_is_not_repeated_to_learn_how_long(known, repeated):
+    calls = []
+    one_round = {"seconds": 0, "min_rounds": 1, "max_rounds": 1, "peak": False}
+    found = interleaved({"a": lambda: calls.append(time.sleep(0.06))}, known=known, **one_round)
+    assert len(calls) == (2 if repeated else 1)
+    assert len(found["a"].samples) == 1
+
+
+def test_one_call_takes_as_long_as_it_takes():
+    assert timing.once(lambda: time.sleep(0.01), "cpu") >= 0.01
+    assert timing.once(lambda: None, "cpu") > 0
 
 
 def test_an_interval_by_hand():
@@ -228,6 +246,51 @@ def test_all_allocations_add_up():
     assert timing.allocated_bytes(lambda: (torch.empty(10), torch.empty(20))) == 120
 
 
+def written(pages):
+    """A function that writes into so many pages that it has just been given."""
+
+    def fn():
+        memory = mmap.mmap(-1, pages * mmap.PAGESIZE)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        for page in range(pages):
+            memory[page * mmap.PAGESIZE] = 1
+        memory.close()
+
+    return fn
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counted as Linux counts")
+def test_every_page_that_is_first_written_is_a_page_fault():
+    fn = written(2000)
+    assert 2000 <= timing.page_faults(fn) < 3000
+    assert timing.page_faults(written(10)) < 1000
+
+
+@pytest.mark.skipif(
+    machine.allocator() != "glibc, default" or machine.describe()["huge_pages"] == "always",
+    reason="needs glibc's malloc as it is, and small pages",
+)
+def test_a_large_tensor_page_faults_anew_in_every_call():
+    """Above 32 MiB malloc never keeps memory; in a process of its own, where none was kept."""
+    code = """
+import mmap, torch
+from convlab import timing
+print(*[timing.page_faults(lambda: torch.ones(2**24)) - 2**26 // mmap.PAGESIZE for _ in "123"])
+buffer = torch.ones(2**24)
+print(timing.page_faults(lambda: buffer.add_(1)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    more, again = done.stdout.splitlines()
+    assert all(int(faults) >= 0 for faults in more.split())
+    assert int(again) < 1000
+
+
+def test_where_the_system_does_not_count_page_faults_there_are_none(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert timing.page_faults(written(10)) is None
+
+
 def test_the_profiler_writes_nothing():
     """In a process of its own, because PyTorch's profiler logs when it is first used."""
     code = "import torch; from convlab.timing import profile; profile(lambda: torch.ones(3))"
@@ -280,3 +343,24 @@ def test_on_the_gpu():
     assert found.peak_bytes >= a.nbytes
     assert timing.peak_bytes(lambda: torch.empty(2**20, device="cuda"), "cuda") == 2**22
     assert timing.launches(lambda: a + a) == 1
+
+
+@pytest.mark.parametrize(
+    ("stolen", "taken", "calls"),
+    [
+        ([0.0, 0.0], "first", 1),
+        ([0.0, 9.0, 9.0, 9.0], "second", 2),
+        ([0.0, 9.0, 9.0, 11.0, 11.0, 15.0], "second", 3),
+    ],
+    ids=["undisturbed", "once", "always: the least"],
+)
+def test_a_sample_that_the_host_disturbed_is_taken_again(monkeypatch, stolen, taken, calls):
+    counted, made = iter(stolen), iter(["first", "second", "third"])
+    monkeypatch.setattr(machine, "stolen_seconds", lambda: next(counted))
+    assert timing.undisturbed(lambda: next(made)) == taken
+    assert len(list(made)) == 3 - calls
+
+
+def test_stolen_seconds_never_run_backwards():
+    first = machine.stolen_seconds()
+    assert 0 <= first <= machine.stolen_seconds()

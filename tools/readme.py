@@ -85,7 +85,7 @@ def main() -> int:
     if options.check:
         return int(new != text)
     README.write_text(new, encoding="utf-8")
-    figure = picture(machines[0])
+    figure = picture(max(machines, key=lambda rows: rows[0].session))
     figure.savefig(PICTURE, dpi=110, bbox_inches="tight", metadata={"Software": None})
     print(f"README.md and {PICTURE.relative_to(ROOT)} made from {len(machines)} machine(s)")
     return 0

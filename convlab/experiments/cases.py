@@ -43,10 +43,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", str(parse_device(self.device)))
-        if not isinstance(self.visits, int) or self.visits < 1:
+        if type(self.visits) is not int or self.visits < 1:
             raise ValueError(f"visits must be an integer of at least 1, got {self.visits!r}")
-        if self.memory_limit is not None and self.memory_limit <= 0:
-            raise ValueError(f"memory_limit must be bytes above 0, got {self.memory_limit!r}")
+        limit = self.memory_limit
+        if limit is not None and (type(limit) not in (int, float) or not limit > 0):
+            raise ValueError(f"memory_limit must be None or bytes above 0, got {limit!r}")
 
     @property
     def options(self) -> dict:
@@ -160,14 +161,14 @@ def short_name(p: ConvProblem) -> str:
 def _compare(
     experiment, problem, algorithms, pass_, settings, candidate, options, faults
 ) -> list[Row]:
-    rows, functions, errors = [], {}, {}
+    rows, functions, errors, known = [], {}, {}, {}
     device = settings.device
     for name in algorithms:
         status, values = judge(name, problem, settings, pass_)
         if status == "ok":
             try:
                 functions[name] = candidate(name, problem, pass_, device)
-                functions[name]()
+                known[name] = timing.once(functions[name], device)
                 errors[name] = values["error"]
             except RuntimeError as error:
                 functions.pop(name, None)
@@ -175,7 +176,7 @@ def _compare(
         if status != "ok":
             values |= {"status": status, "device": device}
             rows.append(records.row(experiment, name, problem, pass_, **values))
-    found = timing.interleaved(functions, device, **options)
+    found = timing.interleaved(functions, device, known=known, **options)
     for name, m in found.items():
         values = {
             "device": device,
@@ -248,8 +249,9 @@ def _checked(algorithm: Algorithm, problem: ConvProblem, device: str, flags: str
 
 def memory_error(error: RuntimeError) -> tuple[str, dict]:
     """The status of an algorithm that ran out of memory; any other error is raised again."""
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text:
+    text = str(error)  # on the CPU a plain RuntimeError, worded by the operating system
+    on_cpu = "not enough memory" in text or "allocate memory" in text
+    if isinstance(error, torch.OutOfMemoryError) or on_cpu:
         return "out of memory", {"extra": {"reason": text.splitlines()[0]}}
     raise error
 

@@ -20,20 +20,20 @@ def stages_case(
 ) -> Case:
     """Time of each stage, forward and backward, and of the whole pass without marks."""
     name = f"stages/{short_name(problem)}/{algorithm}" + marks(flags)
-    run = functools.partial(_stages, problem, algorithm, settings)
+    options = settings.options | {"seconds": 2 * settings.options["seconds"]}
+    run = functools.partial(_stages, problem, algorithm, settings, options)
     once = 8 * cost.predicted_seconds("thread", problem, GUESS)  # forward, backward, twice
-    options = settings.options
     seconds = max(options["seconds"], options["min_rounds"] * once) + once
     return Case("stages", name, run, (), flags or {}, seconds=seconds)
 
 
-def _stages(problem, algorithm, settings) -> list[Row]:
+def _stages(problem, algorithm, settings, options) -> list[Row]:
     device = settings.device
     status, values = judge(algorithm, problem, settings)
     values["device"] = device
     if status != "ok":
         return [records.row("stages", algorithm, problem, "", status=status, **values)]
-    times = stages.stage_times(problem, algorithm, device, **settings.options)
+    times = stages.stage_times(problem, algorithm, device, **options)
     rows = []
     for (direction, part), group in times.groupby(["direction", "part"], sort=False):
         samples = tuple(group.sort_values("round")["seconds"])

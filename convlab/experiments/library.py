@@ -86,7 +86,7 @@ def library_case(problem: ConvProblem, pass_: str, settings: Settings) -> Case:
     variants = VARIANTS["cuda" if settings.on_gpu else "cpu"]
     name = f"library/{short_name(problem)}/{pass_}"
     run = functools.partial(_library, problem, variants, pass_, settings)
-    seconds = 10 + 2 * settings.options["seconds"]
+    seconds = 20 * settings.brief["seconds"]
     return Case("library", name, run, (*["native"] * len(variants), "thread"), seconds=seconds)
 
 
@@ -113,7 +113,7 @@ def _library(problem, variants, pass_, settings) -> list[Row]:
     told["thread"] = values | {"status": status}
     if status == "ok":
         candidates["thread"] = Candidate(one_pass("thread", problem, pass_, settings.device))
-    measured = timing.interleaved(candidates, settings.device, **settings.options)
+    measured = timing.interleaved(candidates, settings.device, **settings.brief)
     for name, values in told.items():
         base = "thread" if name == "thread" else "native"
         values["device"] = settings.device

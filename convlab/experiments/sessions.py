@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from convlab import machine, records
 from convlab.experiments.cases import Case, Settings
@@ -28,8 +33,7 @@ class Progress:
 def plan(names: Iterable[str], settings: Settings) -> list[Case]:
     """The cases of the named experiments, in the order in which they are run.
 
-    Repeated visits lie as far apart as they can. Cases that keep freed memory come last, since
-    the C library's heap does not come back from that.
+    Repeated visits lie as far apart as they can.
 
     Raises:
         ValueError: a name that is not in `EXPERIMENTS`.
@@ -39,9 +43,7 @@ def plan(names: Iterable[str], settings: Settings) -> list[Case]:
         if name not in EXPERIMENTS:
             raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
         cases += EXPERIMENTS[name].cases(settings)
-    fresh = [case for case in cases if "allocator" not in case.flags]
-    kept = [case for case in cases if "allocator" in case.flags]
-    return [*_with_visits(fresh, settings.visits), *_with_visits(kept, settings.visits)]
+    return _with_visits(cases, settings.visits)
 
 
 def _with_visits(cases: Sequence[Case], visits: int) -> list[Case]:
@@ -66,11 +68,11 @@ def run(
 ) -> Iterator[Progress]:
     """Run the named experiments, appending each case's rows to `path` as soon as it is measured.
 
-    If the last session in the file has the same device, flags and versions and has begun this plan
-    without finishing it, it is continued: its cases are not measured again, unless `fresh`.
+    If the last session in the file with this plan, device, flags and versions is not finished, it
+    is continued: its cases are not measured again, unless `fresh`.
     """
     cases = plan(names, settings)
-    mark = _fingerprint(settings)
+    mark = f"{_fingerprint(settings)}-{_digest([case.name for case in cases])}"
     session, done = _unfinished(records.read(path), cases, mark)
     if fresh or session is None:
         session, done = f"{records.now()} {mark}", {}
@@ -84,25 +86,66 @@ def run(
 
 def run_case(case: Case, session: str = "") -> list[Row]:
     """The case's rows, stamped with the session and the case."""
-    with machine.setting(**case.flags):
-        rows = case.run()
+    rows = _in_own_process(case) if "allocator" in case.flags else _with_flags(case)
     stamp = {"session": session, "case": case.name, "rows_in_case": len(rows)}
     return [replace(row, **stamp) for row in rows]
 
 
+def _with_flags(case: Case) -> list[Row]:
+    with machine.setting(**case.flags):
+        return case.run()
+
+
+def _in_own_process(case: Case) -> list[Row]:
+    """What malloc has kept shapes everything after it, so this heap is new and is given up.
+
+    Raises:
+        RuntimeError: the process ended without an answer; anything that the case raises.
+    """
+    task = pickle.dumps((case, machine.flags()["threads"]))
+    command = [sys.executable, "-c", f"import {__name__} as sessions; sessions._answer()"]
+    done = subprocess.run(command, input=task, capture_output=True)
+    try:
+        answer = pickle.loads(done.stdout)
+    except (EOFError, pickle.UnpicklingError):
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+        raise RuntimeError(
+            f"the process for {case.name} ended with code {done.returncode}, saying: {said[-1]}"
+        ) from None
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _answer() -> None:
+    """In the new process: the case from stdin, its rows or its error to stdout."""
+    case, threads = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(threads)
+    try:
+        answer = _with_flags(case)
+    except BaseException as error:
+        answer = error
+    sys.stdout.buffer.write(pickle.dumps(answer))
+
+
 def _fingerprint(settings: Settings) -> str:
     facts = [settings.device, machine.flags(), machine.versions(), machine.name(settings.device)]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-    return ("quick-" if settings.quick else "full-") + digest
+    if settings.memory_limit is not None:
+        facts.append(settings.memory_limit)
+    return ("quick-" if settings.quick else "full-") + _digest(facts)
+
+
+def _digest(facts: list) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
 
 
 def _unfinished(
     rows: Sequence[Row], cases: Sequence[Case], mark: str
 ) -> tuple[str | None, Mapping[str, list[Row]]]:
-    """The last session with this mark and its finished cases, if it has begun and not finished."""
+    """The last session with this mark and its finished cases, if some of its cases are missing."""
     session = next((r.session for r in reversed(rows) if r.session.endswith(f" {mark}")), None)
     done = _done([r for r in rows if r.session == session], cases)
-    if session is None or not 0 < len(done) < len(cases):
+    if session is None or len(done) == len(cases):
         return None, {}
     return session, done
 
@@ -146,23 +189,27 @@ def latest(
     """The rows of the newest session that holds all these experiments; measured now if none does.
 
     For notebooks: what `reproduce` or `record` measured on this machine, under these flags, is not
-    measured again.
+    measured again. All visits of that session come along.
 
     Args:
         paths: record files to look into; new rows go to the first. Default: this machine's own
             runs, then its recorded ones.
     """
     paths = paths or (records.local_file(settings.device), records.recorded_file(settings.device))
-    cases, mark = plan(names, settings), f" {_fingerprint(settings)}"
+    cases, mark = plan(names, settings), f" {_fingerprint(settings)}"  # whatever its plan was
     sessions: dict[str, list[Row]] = {}
     for path in paths:
         for row in records.read(path):
-            if row.session.endswith(mark):
+            if mark in row.session:
                 sessions.setdefault(row.session, []).append(row)
     for session in sorted(sessions, reverse=True):
-        done = _done(sessions[session], cases)
+        found = sessions[session]
+        done = _done(found, cases)
         if len(done) == len(cases):
-            return [row for rows in done.values() for row in rows]
+            visits = dict.fromkeys(r.case for r in found if r.case.partition(" #")[0] in done)
+            planned = {case.name: case for case in cases}
+            more = [replace(planned[name.partition(" #")[0]], name=name) for name in visits]
+            return [row for rows in _done(found, more).values() for row in rows]
     steps = run(names, settings, paths[0])
     if progress:
         from rich.progress import track
