@@ -109,10 +109,7 @@ def verdicts(options: argparse.Namespace) -> int:
             raise ValueError(f"files must be existing record files, got {str(path)!r}")
     rows = [row for path in options.files or records.files() for row in records.read(path)]
     wanted = (options.machine or "").lower()
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if wanted in row.machine.lower():
-            groups.setdefault((row.machine, row.device), []).append(row)
+    groups = experiments.by_machine(row for row in rows if wanted in row.machine.lower())
     if not groups:
         known = ", ".join(sorted({row.machine for row in rows})) or "none yet"
         asked = f" for --machine {options.machine!r}" if options.machine else ""

@@ -465,13 +465,18 @@ def seconds(value: float) -> str:
     """A time with three significant digits and its unit."""
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
         if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}"
+            return f"{_digits(value * factor)} {unit}"
     return f"{value * 1e9:.3g} ns"
 
 
 def size(value: float) -> str:
     """Bytes with three significant digits and a decimal unit."""
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(value) >= factor:
-            return f"{value / factor:.3g} {unit}"
+            return f"{_digits(value / factor)} {unit}"
     return f"{value:.0f} B"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits without an exponent."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{float(f'{value:.3g}'):,.0f}"

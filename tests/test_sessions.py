@@ -139,17 +139,18 @@ def test_an_older_stopped_session_stays_stopped(tiny, path):
     assert len(sessions(path)) == 3
 
 
-def test_a_plan_that_shares_cases_goes_on_and_another_one_does_not(tiny, path):
-    stopped(tiny, path)  # with a and b done
-    tiny.names = "wxyz"
+@pytest.mark.parametrize("others", ["wxyz", "abc", "abcde", "dcba"])
+def test_another_plan_does_not_go_on(tiny, path, others):
+    """Not even one that shares cases: the rows of a session are those of one plan."""
+    stopped(tiny, path)
+    tiny.names = others
     run(path)
-    assert tiny.ran == list("wxyz")
+    assert tiny.ran == list(others)
     assert len(sessions(path)) == 2
     tiny.ran.clear()
-    tiny.names = "yzab"  # half of it belongs to the last session
-    done = run(path)
-    assert tiny.ran == list("ab")
-    assert [d.resumed for d in done] == [True, True, False, False]
+    tiny.names = "abcd"
+    assert [d.resumed for d in run(path)] == [True, True, False, False]
+    assert tiny.ran == list("cd")
     assert len(sessions(path)) == 2
 
 
@@ -280,6 +281,15 @@ def test_the_latest_finished_session_is_not_measured_again(tiny, path):
     assert experiments.latest(["tiny"], QUICK, path) == rows
 
 
+def test_of_several_sessions_the_newest_serves(tiny, path, tmp_path):
+    run(path)
+    run(tmp_path / "own.jsonl")
+    run(path)
+    newest = sessions(path)[1]
+    for paths in ((path, tmp_path / "own.jsonl"), (tmp_path / "own.jsonl", path)):
+        assert {r.session for r in experiments.latest(["tiny"], QUICK, *paths)} == {newest}
+
+
 @pytest.fixture
 def recorded(made, path):
     """A session as `record` makes it: "step" three times, "tiny" and "more" once."""
@@ -303,7 +313,7 @@ def test_a_recorded_session_serves_a_smaller_plan(recorded, path, names):
     assert len(sessions(path)) == 1
 
 
-@pytest.mark.parametrize(("visits", "ran"), [(2, ""), (3, ""), (4, "ab")])
+@pytest.mark.parametrize(("visits", "ran"), [(2, ""), (3, ""), (4, "abababab")])
 def test_a_recorded_session_serves_a_plan_of_no_more_visits(recorded, path, visits, ran):
     rows = experiments.latest(["step"], Settings(quick=True, visits=visits), path)
     assert recorded["step"].ran == list(ran)
@@ -338,20 +348,24 @@ def test_a_quick_session_is_not_used_for_a_full_one_nor_the_other_way_round(reco
     assert recorded["tiny"].ran == list("cd")
 
 
-def test_what_a_session_lacks_is_added_to_it(recorded, made, path):
+def test_what_no_session_holds_as_a_whole_is_measured_as_a_whole(recorded, made, path):
+    """Rows of two sessions are not put together."""
     made("other", "gh")
     rows = experiments.latest(["tiny", "other"], QUICK, path)
-    assert recorded["tiny"].ran == []
+    assert recorded["tiny"].ran == list("cd")
     assert [r.case for r in rows[::2]] == ["tiny/c", "tiny/d", "other/g", "other/h"]
-    assert len(sessions(path)) == 1
+    assert {r.session for r in rows} == {sessions(path)[1]}
+    assert len(sessions(path)) == 2
 
 
 def test_a_recorded_case_whose_algorithms_changed_is_measured_again(recorded, path):
     recorded["tiny"].algorithms = ("native", "thread", "unfold")
-    rows = experiments.latest(["tiny", "step"], QUICK, path)
+    rows = experiments.latest(["tiny"], QUICK, path)
     assert recorded["tiny"].ran == list("cd")
-    assert recorded["step"].ran == []
     assert {r.algorithm for r in rows if r.case == "tiny/c"} == {"native", "thread", "unfold"}
+    assert experiments.latest(["tiny"], QUICK, path) == rows
+    experiments.latest(["step"], QUICK, path)
+    assert recorded["step"].ran == []
 
 
 def test_records_are_looked_into_after_this_machines_own_runs(recorded, path, tmp_path):
@@ -454,23 +468,25 @@ def test_flags_are_restored_after_an_error():
 def test_flags_of_cases_leave_the_session_as_it_is(monkeypatch, path):
     """A run is continued although some of its cases set flags."""
     flags = {"threads": machine.flags()["threads"] + 1}
-    ran = []
+    ran, stop = [], [True]
 
     def one(name):
+        if name == "c" and stop.pop():
+            raise KeyboardInterrupt
         ran.append(name)
         return [records.row("tiny", "native", SMALL, "forward")]
 
-    def made_of(names):
-        return lambda s: [
-            Case("tiny", n, functools.partial(one, n), ("native",), flags) for n in names
-        ]
+    def three(settings):
+        return [Case("tiny", n, functools.partial(one, n), ("native",), flags) for n in "abc"]
 
-    for names in ("ab", "abc"):
-        experiment = Experiment("Is it?", made_of(names))
-        monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", experiment)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", Experiment("Is it?", three))
+    with pytest.raises(KeyboardInterrupt):
         run(path)
+    stop.append(False)
+    run(path)
     assert ran == list("abc")
     assert {row.flags["threads"] for row in records.read(path)} == {flags["threads"]}
+    assert len(sessions(path)) == 1
 
 
 # A process of its own
@@ -498,7 +514,7 @@ def test_what_keeps_freed_memory_has_a_process_of_its_own(monkeypatch):
     """What malloc has kept cannot be given back, and would change what comes after."""
     folders = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, folders)))
-    with machine.setting(threads=machine.flags()["threads"] + 1):
+    with machine.setting(threads=machine.flags()["threads"] + 2):  # not a new process's own choice
         before = machine.flags()
         (first,), (second,) = alone(one_row, "first"), alone(one_row, "second")
         assert machine.flags() == before

@@ -26,11 +26,9 @@ LABELS = {
 
 def sessions() -> list[list[Row]]:
     """The newest session of every recorded machine and device."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for path in records.files():
-        for row in records.read(path):
-            groups.setdefault((row.machine, row.device), []).append(row)
-    return [experiments.last_session(rows, "step") for rows in groups.values()]
+    rows = [row for path in records.files() for row in records.read(path)]
+    groups = experiments.by_machine(rows).values()
+    return [experiments.last_session(group, "step") for group in groups]
 
 
 def verdicts(machines: Sequence[Sequence[Row]]) -> str:

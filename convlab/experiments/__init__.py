@@ -18,7 +18,15 @@ from convlab.experiments.facts import ceilings_case, ceilings_of, stages_case, s
 from convlab.experiments.library import VARIANTS, Variant, library_case
 from convlab.experiments.mistakes import mistakes_case
 from convlab.experiments.named import EXPERIMENTS, LAYER, PAIR, REPRODUCE, SCALES, Experiment
-from convlab.experiments.sessions import Progress, last_session, latest, plan, run, run_case
+from convlab.experiments.sessions import (
+    Progress,
+    by_machine,
+    last_session,
+    latest,
+    plan,
+    run,
+    run_case,
+)
 
 __all__ = [
     "EXPERIMENTS",
@@ -32,6 +40,7 @@ __all__ = [
     "Progress",
     "Settings",
     "Variant",
+    "by_machine",
     "ceilings_case",
     "ceilings_of",
     "compare_case",

@@ -183,6 +183,14 @@ def last_session(rows: Iterable[Row], experiment: str | None = None) -> list[Row
     return [r for r in rows if r.session == newest]
 
 
+def by_machine(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """(machine, device) → its rows, in the order in which the machines first appear."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.machine, row.device), []).append(row)
+    return found
+
+
 def latest(
     names: Sequence[str], settings: Settings, *paths: str | Path, progress: bool = False
 ) -> list[Row]:

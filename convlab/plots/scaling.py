@@ -263,7 +263,7 @@ def agreement(
             largest = max(2 * within, 1.1 * max(map(abs, error.get_ylim())))
             error.set(xscale="log", ylim=(-largest, largest), xlabel=x_label)
             error.set_ylabel(f"{y_label} / {x_label} - 1; grey: within {within:.0%}")
-            error.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.0%}"))
+            error.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+.3g}%"))
         for axis in grid[0]:
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
         axes.legend(loc="upper left", fontsize=9)
