@@ -252,6 +252,8 @@ def _thread_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
 
 
 def _unfold_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    if p.groups > 1:
+        return _grouped_forward(p, s)
     return [
         _unfold_stage(p, s),
         ("product", "columns copied for one large product", s.columns, s.columns, 0, 1),

@@ -225,7 +225,7 @@ class ConvProblem:
 
     def __str__(self) -> str:
         n, c, h, w = self.input_shape
-        text = f"{n} images, {c}→{self.out_channels} channels, {h}×{w}"
+        text = f"{n} image{'s' if n != 1 else ''}, {c}→{self.out_channels} channels, {h}×{w}"
         text += ", kernel {}×{}".format(*self.kernel_size)
         for name, usual in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1))):
             value = getattr(self, name)

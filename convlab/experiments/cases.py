@@ -185,6 +185,7 @@ def _compare(
             "error": errors[name],
         }
         if faults:
+            functions[name]()  # the others' memory is out of the way
             values["extra"] = {"page_faults": timing.page_faults(functions[name])}
         rows.append(records.row(experiment, name, problem, pass_, m, **values))
     return rows

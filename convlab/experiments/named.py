@@ -122,7 +122,7 @@ def _scale(axis: str, s: Settings) -> list[Case]:
 
 def _batch_under(flags: dict, s: Settings) -> list[Case]:
     """The batch grows on one thread, or with freed memory kept."""
-    sizes = (2, 8, 32) if s.quick else (2, 8, 32, 128, 512)
+    sizes = (4, 16, 64) if s.quick else (2, 8, 32, 128, 512)
     if s.on_gpu or (flags == KEPT and KEPT not in _allocators(s)):
         return []
     return [

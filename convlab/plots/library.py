@@ -66,7 +66,7 @@ def _time_bars(
 ) -> None:
     axis.set_xscale("log")
     top, bottom = max(frame["ratio_high"].max(), 1.5), min(frame["ratio_low"].min(), 0.8)
-    axis.set_xlim(bottom / 1.3, top * max(top / bottom, 10) ** 0.6)
+    axis.set_xlim(bottom / 1.3, top * max(top / bottom, 10) ** 0.65)
     for y, name in enumerate(names):
         if name not in frame.index:
             _beside(axis, 1, y, missing.get(name, "no time"))
@@ -138,7 +138,7 @@ def layer_map(
             for (algorithm, kind), group in groups:
                 _points(axis, group, x, COLOURS.get(algorithm, OTHER), KINDS[kind])
             _factor_axis(axis.yaxis)
-            _factor_axis(axis.xaxis)
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         for axis in axes[:, 0]:
             axis.set_ylabel(f"time / {one}")
         for axis in axes[-1]:
