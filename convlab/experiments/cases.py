@@ -59,7 +59,7 @@ class Settings:
     @property
     def brief(self) -> dict:
         """The same for experiments of many cases, whose picture counts and not one ratio."""
-        least = {"seconds": 0.4, "min_rounds": 3}
+        least = {"seconds": 0.1 if self.quick else 0.4, "min_rounds": 3}
         return {name: min(value, least.get(name, value)) for name, value in self.options.items()}
 
     @property

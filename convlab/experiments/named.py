@@ -159,9 +159,10 @@ def _grid(s: Settings) -> list[Case]:
 
 def _memory(s: Settings) -> list[Case]:
     """The kernel grows under a budget; what would exceed it is not started."""
-    limited = Settings(s.device, s.quick, s.visits, min(BUDGET, s.memory_limit or BUDGET))
+    images, budget = (4, BUDGET // 8) if s.quick else (32, BUDGET)
+    limited = Settings(s.device, s.quick, s.visits, min(budget, s.memory_limit or budget))
     kernels = (3, 7, 11) if s.quick else (1, 3, 5, 7, 9, 11)
-    problems = [thread_problem(32).replace(kernel_size=k, padding=k // 2) for k in kernels]
+    problems = [thread_problem(images).replace(kernel_size=k, padding=k // 2) for k in kernels]
     return [compare_case("memory", p, SCALED, "train", limited, options=s.brief) for p in problems]
 
 
