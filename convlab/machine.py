@@ -150,16 +150,27 @@ def _libc_name() -> str:
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor's own name, as the operating system gives it."""
+    """The processor's own name, as the operating system gives it.
+
+    A virtual machine may hide the model from the name ("AMD EPYC"); it is added then.
+    """
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if sys.platform == "darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
             return subprocess.run(command, capture_output=True, text=True).stdout.strip()
         if sys.platform == "linux":
-            for line in Path("/proc/cpuinfo").read_text().splitlines():
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+            if "model name" in facts:
+                return _with_model(facts)
     return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def _with_model(facts: dict[str, str]) -> str:
+    name = facts["model name"]
+    if re.search(r"\d", name.partition("@")[0]) or "model" not in facts:
+        return name
+    return f"{name} (family {facts.get('cpu family')}, model {facts['model']})"
 
 
 def name(device: str | torch.device = "cpu") -> str:

@@ -154,6 +154,19 @@ def test_the_name_holds_the_processor_and_its_cores():
     assert str(os.cpu_count()) in machine.name("cpu").removeprefix(machine.cpu_name())
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 26, model 2)"),
+        ("Intel Xeon @ 2.5GHz", "Intel Xeon @ 2.5GHz (family 26, model 2)"),
+        ("AMD EPYC 9654 96-Core Processor",) * 2,
+    ],
+)
+def test_a_name_without_a_model_gets_one(name, expected):
+    facts = {"model name": name, "cpu family": "26", "model": "2"}
+    assert machine._with_model(facts) == expected
+
+
 @pytest.mark.gpu
 def test_facts_about_a_gpu():
     facts = machine.describe("cuda")

@@ -87,7 +87,7 @@ def _photo_batch(p: ConvProblem) -> Tensor:
 
 # How it scales: one size grows, all others stay
 
-_MIDDLE = thread_problem(16)
+_SMALL, _MIDDLE = thread_problem(4), thread_problem(8)
 _SQUARE = ConvProblem(16, 32, 32, 28, 28, kernel_size=3, padding=1)
 
 SCALES: dict[str, dict[int, ConvProblem]] = {
@@ -97,7 +97,7 @@ SCALES: dict[str, dict[int, ConvProblem]] = {
         for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)
     },
     "kernel": {n: _MIDDLE.replace(kernel_size=n, padding=n // 2) for n in (1, 3, 5, 7, 9, 11)},
-    "image": {n: _MIDDLE.replace(height=n, width=n) for n in (8, 16, 32, 64, 128, 256)},
+    "image": {n: _SMALL.replace(height=n, width=n) for n in (8, 16, 32, 64, 128, 256)},
     "stride": {n: _MIDDLE.replace(stride=n) for n in (1, 2, 3, 4)},
     "dilation": {n: _MIDDLE.replace(dilation=n, padding=n) for n in (1, 2, 4, 8)},
     "groups": {n: _SQUARE.replace(groups=n) for n in (1, 2, 4, 8, 16, 32)},
@@ -148,7 +148,7 @@ def _grid(s: Settings) -> list[Case]:
     """Two planes of sizes: channels by image, batch by kernel."""
     channels, sizes = ((4, 64), (8, 32)) if s.quick else ((1, 4, 16, 64, 256), (8, 16, 32, 64))
     batches, kernels = ((1, 16), (1, 3)) if s.quick else ((1, 4, 16, 64), (1, 3, 5, 7, 9))
-    planes = [ConvProblem(4, c, c, n, n, 3, padding=1) for c in channels for n in sizes]
+    planes = [ConvProblem(2, c, c, n, n, 3, padding=1) for c in channels for n in sizes]
     planes += [
         thread_problem(n).replace(kernel_size=k, padding=k // 2) for n in batches for k in kernels
     ]
