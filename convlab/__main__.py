@@ -25,7 +25,7 @@ from convlab.records import RecordError, Row
 
 STYLES = {thread.HOLDS: "green", thread.FAILS: "red", thread.DEPENDS: "yellow"}
 INTERRUPTED, BAD_INPUT = 130, 2
-VISITS = 3  # of a recording to the experiments that decide a claim
+VISITS = 5  # of a recording to the experiments that decide a claim
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

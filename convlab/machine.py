@@ -117,6 +117,11 @@ def can_keep_freed_memory() -> bool:
     return allocator() in ("glibc, default", f"glibc, {KEEP_FREED}")
 
 
+def keeps_freed_memory() -> bool:
+    """Whether `setting(allocator=...)` is in force that makes glibc keep freed memory."""
+    return _allocator_kept
+
+
 def _set_allocator(value: str) -> None:
     """`value`: "glibc, default" or "glibc, keeps freed memory".
 
@@ -223,6 +228,23 @@ def free_bytes(device: str | torch.device = "cpu") -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+@functools.cache
+def cache_bytes(device: str | torch.device = "cpu") -> int:
+    """The L2 cache: of one core on the CPU (1 MiB where the system does not say), of the GPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "hw.l2cachesize"]  # shared by a cluster of cores
+            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            return max(int(found) // 4, 2**18)
+        for level in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/level"):
+            if level.read_text().strip() == "2":
+                return int(level.with_name("size").read_text().strip().rstrip("K")) * 2**10
+    return 2**20
 
 
 def stolen_seconds() -> float:

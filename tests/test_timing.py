@@ -364,3 +364,28 @@ def test_a_sample_that_the_host_disturbed_is_taken_again(monkeypatch, stolen, ta
 def test_stolen_seconds_never_run_backwards():
     first = machine.stolen_seconds()
     assert 0 <= first <= machine.stolen_seconds()
+
+
+def test_the_heap_grows_until_a_round_hands_out_few_pages(monkeypatch):
+    faults, calls = iter([90_000, 5_000, 12]), []
+    monkeypatch.setattr(timing, "page_faults", lambda fn: (fn() and None) or next(faults))
+    timing.grow_heap([lambda: calls.append("a"), lambda: calls.append("b")])
+    assert calls == ["a", "b"] * 3
+
+
+def test_the_heap_is_not_grown_forever(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timing, "page_faults", lambda fn: (fn() and None) or 10**6)
+    timing.grow_heap([lambda: calls.append(1)])
+    assert len(calls) == timing.HEAP_ROUNDS
+
+
+def test_rounds_that_grow_the_heap_are_not_sampled(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timing, "grow_heap", lambda functions: [f() for f in functions * 100])
+    monkeypatch.setattr(timing.machine, "keeps_freed_memory", lambda: True)
+    found = timing.interleaved(
+        {"a": lambda: calls.append(1)}, seconds=0.01, min_rounds=2, max_rounds=2, peak=False
+    )
+    assert len(calls) > 100
+    assert len(found["a"].samples) == 2
