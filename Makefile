@@ -68,7 +68,7 @@ $(VENV)/.installed-notebooks: $(VENV)/.created pyproject.toml constraints.txt
 	$(call stamp,core notebooks)
 
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
-	$(INSTALL) -e ".[notebooks,test]"
+	$(INSTALL) -e ".[notebooks,test,peers]"
 	$(call stamp,core notebooks test)
 
 $(VENV)/.created:

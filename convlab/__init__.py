@@ -1,6 +1,7 @@
 """Why a convolution written by hand is slower than `nn.Conv2d`, measured."""
 
 from convlab.algorithms import ALGORITHMS
+from convlab.auto import explain
 from convlab.layers import Conv2d, ThreadConv2d
 from convlab.oracle import check
 from convlab.problem import ConvProblem
@@ -16,5 +17,6 @@ __all__ = [
     "ThreadConv2d",
     "check",
     "compare",
+    "explain",
     "measure",
 ]

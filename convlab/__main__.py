@@ -66,12 +66,23 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--quick", action="store_true", help="fewer rounds, smaller batches")
         sub.add_argument("--fresh", action="store_true", help="do not go on with a stopped run")
         sub.add_argument("--output", type=Path, help="the record file (JSON Lines) to append to")
+    text = "only these experiments, separated by commas; default: all"
+    sub.add_argument("--only", type=_names, default=tuple(experiments.EXPERIMENTS), help=text)
     text = "the verdict on every claim from what is recorded"
     sub = commands.add_parser("verdicts", help=text, description=text)
     sub.set_defaults(command=verdicts)
     sub.add_argument("--machine", help="only machines whose name contains this")
     sub.add_argument("files", nargs="*", type=Path, help="record files; default: data/records/")
     return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names of experiments in the order in which `record` runs them."""
+    wanted = set(text.split(","))
+    if unknown := wanted - experiments.EXPERIMENTS.keys():
+        known = ", ".join(experiments.EXPERIMENTS)
+        raise argparse.ArgumentTypeError(f"{min(unknown)!r} is none of {known}")
+    return tuple(name for name in experiments.EXPERIMENTS if name in wanted)
 
 
 def reproduce(options: argparse.Namespace) -> int:
@@ -93,8 +104,7 @@ def reproduce(options: argparse.Namespace) -> int:
 def record(options: argparse.Namespace) -> int:
     """Measure every experiment and keep the rows in data/records/."""
     settings = Settings(options.device, options.quick, 1 if options.quick else VISITS)
-    names = tuple(experiments.EXPERIMENTS)
-    code, rows, path = _measure(options, settings, names, records.recorded_file)
+    code, rows, path = _measure(options, settings, options.only, records.recorded_file)
     if code == 0:
         Console().print(
             f"{len(rows)} rows: {escape(_short(path))}", soft_wrap=True, highlight=False

@@ -7,9 +7,9 @@ one image with its halo stays in cache while its taps are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from convlab.counts import NOT_FOR_ONE_IMAGE, STEPS, Sizes, flops, of_direction
 from convlab.problem import ConvProblem
 
 
@@ -41,42 +41,12 @@ class Ceilings:
         return max(flops / self.flops_per_second, moved / self.bytes_per_second)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Elements of each tensor of a problem."""
-
-    x: int
-    weight: int
-    y: int
-    columns: int
-
-    @classmethod
-    def of(cls, p: ConvProblem) -> Sizes:
-        n, k, oh, ow = p.output_shape
-        x = n * p.in_channels * p.height * p.width
-        taps = p.kernel_size[0] * p.kernel_size[1]
-        return cls(x, k * p.taps, n * k * oh * ow, n * p.in_channels * taps * oh * ow)
-
-
-def flops(p: ConvProblem, direction: str = "forward") -> int:
-    """Multiplications and additions: 2 per tap and output value; backward does them twice."""
-    forward = 2 * Sizes.of(p).y * p.taps
-    return _of_direction(direction, forward, 2 * forward)
-
-
 def compulsory_bytes(p: ConvProblem, itemsize: int = 4, direction: str = "forward") -> int:
     """Each input read once and each result written once."""
     s = Sizes.of(p)
     forward = s.x + s.weight + s.y
     backward = s.y + s.x + s.weight + s.x + s.weight
-    return itemsize * _of_direction(direction, forward, backward)
-
-
-def _of_direction(direction: str, forward: int, backward: int) -> int:
-    counts = {"forward": forward, "backward": backward, "train": forward + backward}
-    if direction not in counts:
-        raise ValueError(f"direction must be one of {', '.join(counts)}, got {direction!r}")
-    return counts[direction]
+    return itemsize * of_direction(direction, forward, backward)
 
 
 def floor_seconds(
@@ -178,110 +148,3 @@ def peak_bytes(
     if not fold:
         train = max(train, columns + 4 * s.y + weights + p.out_channels)
     return itemsize * max(unfolding, forward if direction == "forward" else train)
-
-
-# Each row: stage, what, elements read, elements written, FLOPs, launches on CUDA.
-
-
-def _native_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
-    return [("convolution", "one fused kernel", s.x + s.weight, s.y, flops(p), 1)]
-
-
-def _native_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
-    return [
-        ("convolution", "gradient of x", s.y + s.weight, s.x, flops(p), 1),
-        ("convolution", "gradient of weight", s.y + s.x, s.weight, flops(p), 1),
-    ]
-
-
-def _unfold_stage(p: ConvProblem, s: Sizes) -> tuple:
-    return ("unfold", "im2col: k² copies of x", s.x, s.columns, 0, p.batch)
-
-
-def _grouped_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
-    per_image = p.batch * s.weight
-    return [
-        _unfold_stage(p, s),
-        ("product", "weight repeated for every image", s.weight, per_image, 0, 1),
-        ("product", "batched product", s.columns + per_image, s.y, flops(p), 1),
-    ]
-
-
-def _grouped_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
-    per_image = p.batch * s.weight
-    return [
-        ("product", "gradient of weight per image", s.y + s.columns, per_image, flops(p), 1),
-        ("product", "gradient of columns", s.y + per_image, s.columns, flops(p), 1),
-        ("product", "sum over images", per_image, s.weight, 0, 1),
-        ("unfold", "col2im: k² values summed per pixel", s.columns, s.x, 0, 1),
-    ]
-
-
-def _thread_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
-    if p.groups > 1:
-        return [
-            *_grouped_forward(p, s),
-            ("product", "transposed product made contiguous", s.y, s.y, 0, 1),
-            ("fold", "col2im with kernel 1: a copy", s.y, s.y, 0, 1),
-        ]
-    return [
-        _unfold_stage(p, s),
-        ("product", "transposed columns made contiguous", s.columns, s.columns, 0, 1),
-        ("product", "matrix product", s.columns + s.weight, s.y, flops(p), 1),
-        ("fold", "transposed product made contiguous", s.y, s.y, 0, 1),
-        ("fold", "col2im with kernel 1: a copy", s.y, s.y, 0, 1),
-    ]
-
-
-def _thread_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
-    if p.groups > 1:
-        return [
-            ("fold", "im2col with kernel 1: a copy", s.y, s.y, 0, p.batch),
-            *(products := _grouped_backward(p, s))[:-1],
-            ("unfold", "transposed gradient made contiguous", s.columns, s.columns, 0, 1),
-            products[-1],
-        ]
-    return [
-        ("fold", "im2col with kernel 1: a copy", s.y, s.y, 0, p.batch),
-        ("product", "gradient made contiguous", s.y, s.y, 0, 1),
-        ("product", "gradient of weight", s.y + s.columns, s.weight, flops(p), 1),
-        ("product", "gradient of columns", s.y + s.weight, s.columns, flops(p), 1),
-        ("unfold", "transposed gradient made contiguous", s.columns, s.columns, 0, 1),
-        ("unfold", "col2im: k² values summed per pixel", s.columns, s.x, 0, 1),
-    ]
-
-
-def _unfold_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
-    if p.groups > 1:
-        return _grouped_forward(p, s)
-    return [
-        _unfold_stage(p, s),
-        ("product", "columns copied for one large product", s.columns, s.columns, 0, 1),
-        ("product", "matrix product", s.columns + s.weight, s.y, flops(p), 1),
-        ("product", "product made contiguous", s.y, s.y, 0, 1),
-    ]
-
-
-def _unfold_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
-    if p.groups > 1:
-        return _grouped_backward(p, s)
-    return [row for row in _thread_backward(p, s) if row[0] != "fold"]
-
-
-# A single image's matrix, transposed, is what BLAS takes as it is.
-NOT_FOR_ONE_IMAGE = (
-    "weight repeated for every image",
-    "transposed columns made contiguous",
-    "columns copied for one large product",
-    "gradient made contiguous",
-    "transposed gradient made contiguous",
-)
-
-STEPS: dict[tuple[str, str], Callable[[ConvProblem, Sizes], list[tuple]]] = {
-    ("native", "forward"): _native_forward,
-    ("native", "backward"): _native_backward,
-    ("thread", "forward"): _thread_forward,
-    ("thread", "backward"): _thread_backward,
-    ("unfold", "forward"): _unfold_forward,
-    ("unfold", "backward"): _unfold_backward,
-}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 HOLDS, FAILS, DEPENDS, UNKNOWN = "holds", "does not hold", "depends", "not measured here"
 INF, NAN = float("inf"), float("nan")
 LIBRARY = ("native", "native_channels_last", "native_no_library", "auto")
+REWRITTEN = ("layer", "step", "ladder")  # experiments that measure rewritten forms too
 
 
 @dataclass(frozen=True)
@@ -414,7 +415,8 @@ def t12_nothing(rows: Sequence[Row]) -> Verdict:
     """The best rewritten form that is not a library's own convolution, against the layer."""
     found = []
     for pass_ in ("forward", "train"):
-        for case in cases(rows, "layer", pass_) + cases(rows, "step", pass_):
+        measured = [case for name in REWRITTEN for case in cases(rows, name, pass_)]
+        for case in measured:
             others = [a for a in case if a not in LIBRARY and a != "thread"]
             if "thread" in case and others:
                 gains = [

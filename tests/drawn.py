@@ -1,6 +1,5 @@
 """What several test files share: drawn problems, drawn calls, the comparison with float64."""
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from convlab import ConvProblem
 from convlab.algorithms.base import problem_of
-from convlab.oracle import tolerance
+from convlab.oracle import allowed_errors
 
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -113,23 +112,32 @@ def assert_same(algorithm, x, weight, bias=None, *, dtype=None, **kwargs):
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     found = values_and_gradients(y, tensors, grad)
 
-    exact, scales = (
-        float64_reference([f(t) for t in tensors], f(grad), needs, y.requires_grad, kwargs)
-        for f in (torch.Tensor.detach, torch.abs)
-    )
-    n, _, oh, ow = problem.output_shape
-    per_pixel = problem.out_channels // problem.groups * math.prod(problem.kernel_size)
-    counts = [problem.taps + 1, *[per_pixel, n * oh * ow, n * oh * ow][: len(tensors)]]
-    if y.requires_grad:
-        counts[1:] = [c for c, need in zip(counts[1:], needs, strict=True) if need]
-    for value, true, scale, count in zip(found, exact, scales, counts, strict=False):
-        allowed = sum(tolerance(count, torch.finfo(t).eps / 2, t) for t in (dtype, torch.float64))
+    exact = float64_reference([t.detach() for t in tensors], grad, needs, y.requires_grad, kwargs)
+    grad = grad if y.requires_grad else None
+    allowed = allowed_by(algorithm, problem, x, weight, bias, grad, dtype)
+    allowed = [allowed[0], *(a for a, need in zip(allowed[1:], needs, strict=False) if need)]
+    for value, true, limit in zip(found, exact, allowed, strict=False):
         assert value.shape == true.shape
-        assert bool(((value.double() - true).abs() <= allowed * scale).all())
+        assert bool(((value.double() - true).abs() <= limit.reshape(true.shape)).all())
 
     for tensor, (copy, version) in zip(tensors, before, strict=True):
         assert tensor._version == version, "an input was written to"
         assert torch.equal(tensor, copy)
+
+
+def allowed_by(algorithm, problem, x, weight, bias, grad, dtype):
+    """Allowed errors of y and the gradients of x, weight and bias, in `dtype` and the reference."""
+    zeros = torch.zeros(len(weight))
+    tensors = x.reshape(problem.input_shape), weight, zeros if bias is None else bias
+    tensors = [t.detach().double() for t in tensors]
+    if grad is not None:
+        grad = grad.double().reshape(problem.output_shape)
+    found = [
+        allowed_errors(rounding, problem, tensors, grad, torch.finfo(t).eps / 2, t)
+        for rounding, t in ((algorithm.rounding, dtype), ("sums", torch.float64))
+    ]
+    names = [name for name in found[0] if bias is not None or name != "bias"]
+    return [found[0][name] + found[1][name] for name in names]
 
 
 def sizes(kwargs):

@@ -299,9 +299,10 @@ def test_a_terminal_gets_a_bar_and_no_lines(convlab, monkeypatch, folder, planne
 
 
 @pytest.mark.parametrize(("options", "visits"), [([], 3), (["--quick"], 1)])
-def test_record_visits_the_verdicts_experiments_three_times(
-    convlab, folder, planned, options, visits
+def test_record_visits_the_verdicts_experiments_again(
+    convlab, monkeypatch, planned, options, visits
 ):
+    monkeypatch.setattr(__main__, "VISITS", 3)
     planned(storage="ab", step="cd")
     done = convlab("record", *options, "--output", "rows.jsonl")
     assert done.returncode == 0, done.stderr
@@ -319,6 +320,18 @@ def test_record_visits_the_verdicts_experiments_three_times(
         if visits == 3
         else ["storage: 2 of 2 cases done", "step: 2 of 2 cases done"]
     )
+
+
+def test_only_some_experiments_are_recorded(convlab, planned):
+    planned(storage="ab", step="c", layer="d")
+    done = convlab("record", "--quick", "--only", "layer,storage", "--output", "rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    cases = [row.case for row in records.read("rows.jsonl")]
+    assert cases == ["storage/a", "storage/b", "layer/d"]
+    for wrong in ("", "layr", "layer,", "layer storage"):
+        sentence = refused(convlab("record", "--only", wrong))
+        assert "--only" in sentence
+        assert "layer" in sentence
 
 
 def test_reproduce_visits_once(convlab, folder, planned):
@@ -496,7 +509,7 @@ def test_a_row_from_another_version_is_named(convlab, recorded):
     [
         ([], ["reproduce", "record", "verdicts"]),
         (["reproduce"], ["--device", "--threads", "--quick", "--fresh", "--output"]),
-        (["record"], ["--device", "--threads", "--quick", "--fresh", "--output"]),
+        (["record"], ["--device", "--threads", "--quick", "--fresh", "--output", "--only"]),
         (["verdicts"], ["--machine", "files"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 
@@ -19,6 +20,8 @@ class Algorithm:
         name: its key in `ALGORITHMS`.
         idea: one sentence on the mechanism.
         library: True where the arithmetic is a library's own convolution.
+        rounding: what its errors are bounded by, a key of `convlab.oracle.ROUNDING`.
+        options: names of keyword arguments beyond those of `conv2d`.
     """
 
     def __init__(
@@ -27,11 +30,15 @@ class Algorithm:
         idea: str,
         library: bool,
         limits: Callable[[ConvProblem, torch.device], str | None],
+        rounding: str,
     ) -> None:
         self.function = function
         self.name = function.__name__
         self.idea = idea
         self.library = library
+        self.rounding = rounding
+        parameters = inspect.signature(function).parameters.values()
+        self.options = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
         self._limits = limits
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
@@ -49,13 +56,20 @@ class Algorithm:
         padding: int | Sequence[int] | str = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
+        **options,
     ) -> Tensor:
         """x (N, C, H, W) or (C, H, W), weight (K, C / groups, kh, kw) → (N, K, OH, OW).
 
         Same meaning and same errors as `torch.nn.functional.conv2d`; ValueError where
         `supports` gives a reason, or where only the library takes the arguments (integer and
         complex numbers).
+
+        Args:
+            options: what this algorithm takes beyond `conv2d`'s arguments (`self.options`).
         """
+        if unknown := options.keys() - set(self.options):
+            known = ", ".join(self.options) or "none"
+            raise TypeError(f"{self.name} has no option {min(unknown)!r}; its options: {known}")
         try:
             x, weight, bias = _autocast(x, weight, bias)
             pad = padding if isinstance(padding, str) else _two(padding)
@@ -70,7 +84,7 @@ class Algorithm:
                 raise ValueError(f"{self.name} needs floating-point tensors, got {x.dtype}")
             return y
         if x.dim() == 3:
-            return self(x[None], weight, bias, *sizes)[0]
+            return self(x[None], weight, bias, *sizes, **options)[0]
         stride, padding, dilation, groups = sizes
         if padding == "valid":
             padding = (0, 0)
@@ -81,7 +95,11 @@ class Algorithm:
         )
         if reason:
             raise ValueError(reason)
-        return self.function(x, weight, bias, stride, padding, dilation, groups)
+        arguments = x, weight, bias, stride, padding, dilation, groups
+        if not _autocasts(x.device.type):
+            return self.function(*arguments, **options)
+        with torch.autocast(x.device.type, enabled=False):  # what it would cast has been cast
+            return self.function(*arguments, **options)
 
     def __repr__(self) -> str:
         return f"<convlab algorithm {self.name}: {self.idea}>"
@@ -92,13 +110,13 @@ def anything(problem: ConvProblem, device: torch.device) -> str | None:
     return None
 
 
-def algorithm(idea: str, *, library: bool = False, limits=anything):
+def algorithm(idea: str, *, library: bool = False, limits=anything, rounding: str = "sums"):
     """Decorator: `f(x, weight, bias, stride, padding, dilation, groups)` → `Algorithm`.
 
     The function gets a batch (N, C, H, W), pairs for stride, padding and dilation, and
     arguments that fit together.
     """
-    return lambda function: Algorithm(function, idea, library, limits)
+    return lambda function: Algorithm(function, idea, library, limits, rounding)
 
 
 def problem_of(x: Tensor, weight: Tensor, stride, padding, dilation, groups) -> ConvProblem:
@@ -113,10 +131,14 @@ def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias[:, None, None])
 
 
+def _autocasts(kind: str) -> bool:
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on, as it treats `F.conv2d`."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not _autocasts(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)

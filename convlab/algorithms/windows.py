@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from convlab.algorithms.base import add_bias, algorithm
 from convlab.algorithms.thread import output_size
+from convlab.algorithms.unfold import grouped_bmm
 
 
 @algorithm("Columns copied from a view whose window is the output plane, then one bmm.")
@@ -29,16 +30,6 @@ def planes(x, kernel, size, stride, dilation):
     n, c, h, w = x.stride()
     steps = (n, c, dilation[0] * h, dilation[1] * w, stride[0] * h, stride[1] * w)
     return x.as_strided((*x.shape[:2], *kernel, *size), steps)
-
-
-def grouped_bmm(columns, weight, groups):
-    """columns (N, C·kh·kw, L), weight (K, C / groups, kh, kw) → (N, K, L), columns not copied."""
-    n, rows, pixels = columns.shape
-    k = weight.shape[0]
-    taps = rows // groups
-    w = weight.reshape(1, groups, k // groups, taps).expand(n, -1, -1, -1)
-    y = torch.bmm(w.reshape(n * groups, k // groups, taps), columns.view(n * groups, taps, pixels))
-    return y.view(n, k, pixels)
 
 
 class _Columns(torch.autograd.Function):

@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 
 from convlab import cost, machine, oracle, records, timing
-from convlab.algorithms import ALGORITHMS, Algorithm
+from convlab.algorithms import Algorithm
+from convlab.oracle import checked_part
+from convlab.peers import find
 from convlab.problem import ConvProblem, parse_device
 from convlab.records import Row
 from convlab.timing import Function
 
-CHECK_BATCH = 16  # at most so many images are checked before an algorithm is timed
-CHECK_FLOPS = 2e9  # and at most so many of their products, but always one image
+LIBRARY = ("native", "native_channels_last", "auto")
+IN_CHUNKS = (
+    *("unfold_chunked", "unfold_recompute", "windows_chunked"),
+    *("row_windows", "shifts", "winograd", "fused"),
+)
+CHUNK = 2**26  # bytes that one of these has at hand at a time, or two images per thread
 KEPT = {"allocator": f"glibc, {machine.KEEP_FREED}"}
 GUESS = cost.Ceilings(flops_per_second=5e10, bytes_per_second=3e9)  # of a laptop, to plan with
 
@@ -134,7 +140,7 @@ def compare_case(
 
 def _guessed(name: str, problem: ConvProblem) -> float:
     """Seconds of one forward pass, for planning only."""
-    if ALGORITHMS[name].library:
+    if find(name).library:
         return cost.floor_seconds(problem, GUESS)
     return cost.predicted_seconds("thread", problem, GUESS)
 
@@ -196,7 +202,7 @@ def judge(
 ) -> tuple[str, dict]:
     """The status of `name` on `problem` before it is timed, and what its row says about it."""
     device = settings.device
-    reason = ALGORITHMS[name].supports(problem, device)
+    reason = find(name).supports(problem, device)
     if reason:
         return "unsupported", {"extra": {"reason": reason}}
     needed, free = needed_bytes(name, problem, pass_), settings.memory
@@ -204,7 +210,7 @@ def judge(
         values = {"predicted_bytes": needed, "free_bytes": int(free)}
         return records.PREDICTED, {"extra": values}
     try:
-        found = _checked(ALGORITHMS[name], checked_part(problem), device, _flags())
+        found = _checked(find(name), checked_part(problem), device, _flags())
     except RuntimeError as error:
         return memory_error(error)
     return outcome(found)
@@ -220,22 +226,20 @@ def outcome(found: oracle.Check) -> tuple[str, dict]:
 
 
 def needed_bytes(name: str, problem: ConvProblem, pass_: str) -> int:
-    """Bytes that a float32 pass needs, its input included; for a library a guess from above."""
+    """Bytes that a float32 pass needs, its input included; a guess from above if not counted."""
     s = cost.Sizes.of(problem)
     tensors = 4 * (s.x + s.weight + s.y)
-    if ALGORITHMS[name].library and name != "native_no_library":
-        return 3 * tensors if pass_ == "forward" else 5 * tensors
+    if name in LIBRARY + IN_CHUNKS:
+        chunk = 8 * s.columns * torch.get_num_threads() // max(problem.batch, 1)
+        copies = 3 if pass_ == "forward" else 5
+        return copies * tensors + (max(chunk, CHUNK) if name in IN_CHUNKS else 0)
+    if name in ("fft", "fft_conv"):
+        spectra = 2 * sum(step.written for step in cost.steps("fft", problem))
+        return tensors + (spectra if pass_ == "forward" else 3 * spectra)
     direction = "forward" if pass_ == "forward" else "train"
     return tensors + cost.peak_bytes(
         "unfold" if name == "unfold" else "thread", problem, 4, direction
     )
-
-
-def checked_part(problem: ConvProblem) -> ConvProblem:
-    """`problem` with as few images as a check needs."""
-    per_image = cost.flops(problem) / max(problem.batch, 1)
-    images = min(problem.batch, CHECK_BATCH, max(1, int(CHECK_FLOPS / per_image)))
-    return problem.replace(batch=images)
 
 
 def _flags() -> str:
@@ -273,7 +277,7 @@ def one_pass(
     tensors = [t.detach().requires_grad_() for t in (x, weight, bias)]
 
     def forward() -> Tensor:
-        return ALGORITHMS[name](*tensors, **problem.kwargs)
+        return find(name)(*tensors, **problem.kwargs)
 
     if pass_ == "forward":
         return torch.no_grad()(forward)
@@ -292,7 +296,7 @@ def training_step(name: str, problem: ConvProblem, pass_: str, device: str) -> F
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
         x.grad = None
-        loss = ALGORITHMS[name](x, weight, bias, **problem.kwargs).square().mean()
+        loss = find(name)(x, weight, bias, **problem.kwargs).square().mean()
         loss.backward()
         optimiser.step()
 

@@ -13,16 +13,42 @@ from convlab.experiments.cases import KEPT, Case, Settings, compare_case, one_pa
 from convlab.experiments.facts import ceilings_case, stages_case, storage_case
 from convlab.experiments.library import library_case
 from convlab.experiments.mistakes import MISTAKES, mistakes_case
+from convlab.peers import PEERS
 from convlab.problem import ConvProblem
 from convlab.problems import NETWORKS, PROBLEMS, thread_problem
 
 LAYER = ("native", "native_channels_last", "native_no_library", "thread", "unfold", "windows")
 STEP = ("native", "native_no_library", "thread", "unfold", "windows")
 PAIR = ("native", "thread")
+LADDER = (
+    "native",
+    "native_channels_last",
+    "thread",
+    "unfold",
+    "unfold_batched",
+    "unfold_chunked",
+    "unfold_recompute",
+    "windows",
+    "windows_chunked",
+    "row_windows",
+    "shifts",
+    "winograd",
+    "fft",
+    "compiled",
+    "fused",
+    "auto",
+    *PEERS,
+)
+SLOW_TO_START = (
+    "compiled",
+    "fused",
+    "compiled_thread",
+)  # seconds of compiling per problem and pass
 SCALED = ("native", "thread", "unfold")
 ON_NETWORKS = ("native", "native_no_library", "thread")
 PASSES = ("forward", "train")
 BUDGET = 10**9  # bytes
+LAYER_BATCH = 8  # images on which the ladder climbs real layers
 GPU_BATCH = 64  # images on which a GPU is asked for the layers of real networks
 
 
@@ -188,6 +214,42 @@ def _networks(s: Settings) -> list[Case]:
     ]
 
 
+# The ladder of rewrites
+
+LAYERS = (
+    "resnet50_3to64_224px_k7_s2",
+    "resnet50_64to64_56px_k3",
+    "resnet50_128to128_56px_k3_s2",
+    "resnet50_256to64_56px_k1",
+    "mobilenet_v3_large_72to72_56px_k3_depthwise",
+    "convnext_tiny_96to96_56px_k7_depthwise",
+)
+
+
+def _ladder(s: Settings) -> list[Case]:
+    """Every algorithm and every peer: the thread's problem, two wider ones, six real layers."""
+    usual = [thread_problem(2), thread_problem(16 if s.quick else 512)]
+    real = [PROBLEMS[name].replace(batch=LAYER_BATCH) for name in LAYERS]
+    others = [PROBLEMS["wide_64"], PROBLEMS["wide_32"], *real]
+    if s.quick:
+        others = [PROBLEMS[name].replace(batch=1) for name in LAYERS[1::2]]
+    thread_cases = [
+        compare_case("ladder", p, _climbed(s), q, s, options=s.brief if s.quick else None, flags=f)
+        for f in (_allocators(s)[:1] if s.quick else _allocators(s))
+        for p in usual
+        for q in PASSES
+    ]
+    return thread_cases + [
+        compare_case("ladder", p, _climbed(s), q, s, options=s.brief)
+        for p in others
+        for q in PASSES
+    ]
+
+
+def _climbed(s: Settings) -> tuple[str, ...]:
+    return tuple(name for name in LADDER if not (s.quick and name in SLOW_TO_START))
+
+
 def _mistakes(s: Settings) -> list[Case]:
     return [mistakes_case(name, s) for name in MISTAKES] if s.on_gpu else []
 
@@ -209,6 +271,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "memory": Experiment(f"Which kernel overflows {BUDGET / 1e9:g} GB?", _memory),
     "library": Experiment("What do the library's switches bring?", _library),
     "networks": Experiment("What does the library bring on real layers?", _networks),
+    "ladder": Experiment("What does each rewrite bring?", _ladder),
     "pitfalls": Experiment("Mistakes that only a GPU shows", _mistakes),
 }
 REPRODUCE = ("storage", "ceilings", "layer", "step", "stages", "batch", "photographs")

@@ -1,0 +1,78 @@
+"""`torch.compile` of the unfold form.
+
+Inductor fuses im2col into whatever reads the columns element by element, and writes them out
+before a matrix product. So bytes are those of `unfold` without its hidden copies, and the launches
+on CUDA are one for the columns, whatever the batch. The first call of every shape compiles, for
+seconds; so does the first one that needs gradients.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+
+import torch
+
+from convlab.algorithms.base import algorithm
+from convlab.algorithms.unfold import unfold
+
+COMPILERS = ("g++", "clang++", "c++", "cl")
+BACKEND = "inductor"
+REMEMBERED = 256  # problems whose code is kept in memory
+
+
+def limits(problem, device):
+    return _missing(device.type)
+
+
+@torch.compiler.assume_constant_result
+def _missing(device: str) -> str | None:
+    """What `torch.compile` lacks on this machine, in a sentence."""
+    if device == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "torch.compile needs the package triton on CUDA."
+    elif not shutil.which(os.environ.get("CXX", "")) and not any(map(shutil.which, COMPILERS)):
+        return f"torch.compile needs a C++ compiler on the CPU ({', '.join(COMPILERS)})."
+    return None
+
+
+@algorithm("torch.compile of the unfold form.", limits=limits)
+def compiled(x, weight, bias, stride, padding, dilation, groups):
+    """Differentiable once: `torch.compile` refuses to differentiate its backward pass."""
+    if torch.compiler.is_compiling():
+        return unfold.function(x, weight, bias, stride, padding, dilation, groups)
+    return specialised(unfold, x, weight, bias, stride, padding, dilation, groups)
+
+
+def specialised(form, x, weight, bias, *sizes):
+    """`form` (an algorithm), compiled for one problem, of these tensors."""
+    return compiled_function(_with_bias, x, weight, (form, bias is None, *sizes))(x, weight, bias)
+
+
+def _with_bias(x, weight, bias, form, no_bias, *sizes):
+    return form.function(x, weight, bias, *sizes)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _compile(function, shapes, dtype, device, arguments, options):
+    """The compiled function of tensors alone, with `arguments` behind them.
+
+    PyTorch allows one code object only so many versions, so each problem has its own.
+    """
+
+    def problem(*tensors):
+        return function(*tensors, *arguments)
+
+    words = function.__name__, dtype, device, shapes, arguments
+    name = "problem_" + hashlib.sha256(repr(words).encode()).hexdigest()[:16]
+    problem.__code__ = problem.__code__.replace(co_name=name)
+    return torch.compile(
+        problem, backend=BACKEND, fullgraph=True, dynamic=False, options=dict(options) or None
+    )
+
+
+def compiled_function(function, x, weight, arguments, options=()):
+    """`function(x, weight, …, *arguments)` compiled for tensors like these; options: inductor's."""
+    options = options if BACKEND == "inductor" else ()
+    return _compile(function, (x.shape, weight.shape), x.dtype, x.device, arguments, options)

@@ -1,0 +1,72 @@
+"""What a reader could install in place of a rung of the ladder, called like all the others.
+
+The packages come with the extra `peers`; one that is missing is not supported and says so.
+"""
+
+import importlib.util
+
+from convlab.algorithms import ALGORITHMS, Algorithm, algorithm
+from convlab.algorithms.base import add_bias
+from convlab.algorithms.compiled import limits as compiler_needed
+from convlab.algorithms.compiled import specialised
+from convlab.algorithms.thread import output_size, thread
+from convlab.algorithms.unfold import weight_first_product
+
+
+def _needs(package: str):
+    def limits(problem, device):
+        if importlib.util.find_spec(package) is None:
+            return f"The package {package} is not installed: pip install 'convlab[peers]'."
+        return None
+
+    return limits
+
+
+@algorithm("unfoldNd: columns by a convolution with one-hot kernels.", limits=_needs("unfoldNd"))
+def unfoldnd(x, weight, bias, stride, padding, dilation, groups):
+    from unfoldNd import unfoldNd
+
+    columns = unfoldNd(x, weight.shape[2:], dilation=dilation, padding=padding, stride=stride)
+    y = weight_first_product(columns, weight, groups)
+    size = output_size(x, weight, stride, padding, dilation)
+    return add_bias(y.view(x.shape[0], weight.shape[0], *size), bias)
+
+
+@algorithm("einconv: one einsum with the pattern of the taps.", limits=_needs("einconv"))
+def einconv(x, weight, bias, stride, padding, dilation, groups):
+    from einconv.functionals import convNd
+
+    return convNd(x, weight, bias, stride, padding, dilation, groups)
+
+
+@algorithm(
+    "fft-conv-pytorch: a product in the frequency domain.",
+    limits=_needs("fft_conv_pytorch"),
+    rounding="fft",
+)
+def fft_conv(x, weight, bias, stride, padding, dilation, groups):
+    from fft_conv_pytorch import fft_conv
+
+    return fft_conv(
+        x, weight, bias, padding=padding, stride=stride, dilation=dilation, groups=groups
+    )
+
+
+@algorithm("torch.compile of the thread's layer as it is.", limits=compiler_needed)
+def compiled_thread(x, weight, bias, stride, padding, dilation, groups):
+    return specialised(thread, x, weight, bias, stride, padding, dilation, groups)
+
+
+PEERS: dict[str, Algorithm] = {a.name: a for a in (unfoldnd, einconv, fft_conv, compiled_thread)}
+
+
+def find(name: str) -> Algorithm:
+    """The algorithm of that name, ours or a peer's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    known = ALGORITHMS | PEERS
+    if name not in known:
+        raise ValueError(f"algorithm must be one of {', '.join(known)}, got {name!r}")
+    return known[name]
