@@ -49,7 +49,7 @@ lint: $(VENV)/.installed-test
 	$(PY) -m ruff format --check $(LINTED)
 
 test: lint
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 	$(PY) tools/notebooks.py test
 
 clean:

@@ -5,6 +5,8 @@ The packages come with the extra `peers`; one that is missing is not supported a
 
 import importlib.util
 
+import torch
+
 from convlab.algorithms import ALGORITHMS, Algorithm, algorithm
 from convlab.algorithms.base import add_bias
 from convlab.algorithms.compiled import limits as compiler_needed
@@ -52,7 +54,16 @@ def fft_conv(x, weight, bias, stride, padding, dilation, groups):
     )
 
 
-@algorithm("torch.compile of the thread's layer as it is.", limits=compiler_needed)
+def _fold_can_be_compiled(problem, device):
+    if device.type == "cpu" and torch.get_num_threads() > 1:
+        return (
+            "Compiled for several CPU threads, F.fold of a transposed product writes outside its "
+            "memory (pytorch issue 191837; seen here with torch 2.13)."
+        )
+    return compiler_needed(problem, device)
+
+
+@algorithm("torch.compile of the thread's layer as it is.", limits=_fold_can_be_compiled)
 def compiled_thread(x, weight, bias, stride, padding, dilation, groups):
     return specialised(thread, x, weight, bias, stride, padding, dilation, groups)
 

@@ -122,6 +122,57 @@ def test_steps_do_the_arithmetic_once_and_move_no_less_than_they_must(
     assert cost.launches(algorithm, problem, direction) == sum(step.launches for step in steps)
 
 
+DIRECT = ("unfold_batched", "unfold_chunked", "windows", "row_windows", "compiled", "fused")
+CACHED = ("unfold_recompute", "windows_chunked", "row_windows")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+DEPTHWISE = "mobilenet_v3_large_72to72_56px_k5_s2_depthwise"
+
+
+@pytest.mark.parametrize("name", ["thread_b2", "wide_32", DEPTHWISE])
+def test_faster_forms_do_the_same_arithmetic(name, direction):
+    problem = PROBLEMS[name]
+    for algorithm in (*DIRECT, *CACHED):
+        steps = cost.steps(algorithm, problem, direction=direction)
+        assert sum(step.flops for step in steps) == cost.flops(problem, direction), algorithm
+
+
+@pytest.mark.parametrize("name", ["thread_b2", "thread_b512", "wide_64"])
+def test_columns_in_a_cache_are_no_traffic(name):
+    problem = PROBLEMS[name]
+    for algorithm in CACHED:
+        assert cost.moved_bytes(algorithm, problem) == cost.compulsory_bytes(problem)
+    columns = 4 * cost.Sizes.of(problem).columns
+    for algorithm in ("unfold_batched", "unfold_chunked", "windows", "compiled"):
+        assert cost.moved_bytes(algorithm, problem) > 2 * columns
+
+
+def test_winograds_products_are_four_ninths():
+    problem = PROBLEMS["wide_64"]
+    (product,) = [s for s in cost.steps("winograd", problem) if s.stage == "product"]
+    assert product.flops == cost.flops(problem) * 4 // 9
+    with counter() as counted:
+        ALGORITHMS["winograd"](*problem.replace(batch=2).inputs(), padding=1)
+    tiles = counted.get_total_flops() - 2 * 16 * 9 * 64 * 64  # the taps' own transform
+    assert tiles == pytest.approx(cost.flops(problem.replace(batch=2)) * 4 / 9, rel=0.05)
+
+
+@pytest.mark.parametrize("algorithm", ["unfold_batched", "unfold_recompute", "windows"])
+def test_products_are_those_of_the_flop_counter(algorithm):
+    problem = PROBLEMS["thread_b2"]
+    with counter() as counted:
+        ALGORITHMS[algorithm](*problem.inputs(), **problem.kwargs)
+    assert counted.get_total_flops() == cost.flops(problem)
+
+
+def test_every_algorithm_is_counted():
+    for algorithm in ALGORITHMS:
+        if algorithm not in ("native_channels_last", "native_no_library", "auto"):
+            for direction in ("forward", "backward"):
+                assert cost.steps(algorithm, PROBLEMS["thread_b2"], direction=direction)
+
+
 def test_the_thread_launches_one_unfold_per_image():
     for batch in (2, 64):
         problem = PROBLEMS["thread_b2"].replace(batch=batch)

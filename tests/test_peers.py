@@ -40,8 +40,10 @@ def test_names_are_found():
         find("magic")
 
 
-def test_the_threads_layer_compiled_is_the_threads_layer():
+def test_the_threads_layer_compiled_is_the_threads_layer(monkeypatch):
     x, weight, bias = PROBLEMS[0].inputs()
-    with torch.no_grad():
-        y = PEERS["compiled_thread"](x, weight, bias, padding=1)
-        torch.testing.assert_close(y, ALGORITHMS["thread"](x, weight, bias, padding=1))
+    y = PEERS["compiled_thread"](x, weight, bias, padding=1)
+    torch.testing.assert_close(y, ALGORITHMS["thread"](x, weight, bias, padding=1))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(ValueError, match="writes outside its memory"):
+        PEERS["compiled_thread"](x, weight, bias, padding=1)

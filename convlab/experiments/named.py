@@ -48,7 +48,7 @@ SCALED = ("native", "thread", "unfold")
 ON_NETWORKS = ("native", "native_no_library", "thread")
 PASSES = ("forward", "train")
 BUDGET = 10**9  # bytes
-LAYER_BATCH = 8  # images on which the ladder climbs real layers
+LAYER_BATCH = 4  # images on which the ladder climbs real layers
 GPU_BATCH = 64  # images on which a GPU is asked for the layers of real networks
 
 
