@@ -4,6 +4,7 @@ The packages come with the extra `peers`; one that is missing is not supported a
 """
 
 import importlib.util
+import warnings
 
 import torch
 
@@ -49,9 +50,11 @@ def einconv(x, weight, bias, stride, padding, dilation, groups):
 def fft_conv(x, weight, bias, stride, padding, dilation, groups):
     from fft_conv_pytorch import fft_conv
 
-    return fft_conv(
-        x, weight, bias, padding=padding, stride=stride, dilation=dilation, groups=groups
-    )
+    with warnings.catch_warnings():  # of its own way of indexing
+        warnings.simplefilter("ignore", UserWarning)
+        return fft_conv(
+            x, weight, bias, padding=padding, stride=stride, dilation=dilation, groups=groups
+        )
 
 
 def _fold_can_be_compiled(problem, device):

@@ -126,10 +126,10 @@ DIRECT = ("unfold_batched", "unfold_chunked", "windows", "row_windows", "compile
 CACHED = ("unfold_recompute", "windows_chunked", "row_windows")
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
 DEPTHWISE = "mobilenet_v3_large_72to72_56px_k5_s2_depthwise"
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("name", ["thread_b2", "wide_32", DEPTHWISE])
 def test_faster_forms_do_the_same_arithmetic(name, direction):
     problem = PROBLEMS[name]

@@ -19,6 +19,7 @@ from convlab.plots.basics import (
     timeline,
     trace,
 )
+from convlab.plots.ladder import at_a_time, dumbbells, front, ladder_map, rungs, trade, versus
 from convlab.plots.library import KINDS, layer_map, network_bars, switches, variant_colour
 from convlab.plots.scaling import agreement, budget, heat, scaling, slope
 from convlab.plots.verdicts import (
@@ -41,14 +42,18 @@ __all__ = [
     "STAGE_COLOURS",
     "VERDICT_COLOURS",
     "agreement",
+    "at_a_time",
     "bars",
     "budget",
     "copies",
+    "dumbbells",
     "errors",
     "factor_dots",
     "finish",
     "forest",
+    "front",
     "heat",
+    "ladder_map",
     "layer_map",
     "ledger",
     "lines",
@@ -57,6 +62,7 @@ __all__ = [
     "png",
     "ratio_bars",
     "rule",
+    "rungs",
     "scaling",
     "slope",
     "stage_bars",
@@ -67,6 +73,8 @@ __all__ = [
     "time_axis",
     "timeline",
     "trace",
+    "trade",
     "variant_colour",
     "verdict_grid",
+    "versus",
 ]
