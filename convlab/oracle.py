@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,7 +61,7 @@ class Check:
 
 
 def check(
-    algorithm: str | Algorithm,
+    algorithm: str | Algorithm | Callable[..., Tensor],
     problem: ConvProblem,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = torch.float32,
@@ -72,6 +72,8 @@ def check(
     """Compare `algorithm` with the float64 convolution on `problem`.
 
     Args:
+        algorithm: a name, or any function with `F.conv2d`'s arguments; its errors are those of sums
+            of products unless it says otherwise (`Algorithm.rounding`).
         arithmetic: the format to which the algorithm itself rounds what it is given, as autocast
             does; `dtype` if None.
 
@@ -89,9 +91,8 @@ def check(
     computed = dtype if arithmetic is None else parse_dtype(arithmetic)
     roundoff = _roundoff(device, computed)
     rounds = 0.0 if computed == dtype else 2 * torch.finfo(computed).eps / 2  # both factors
-    allowed = _allowed(
-        algorithm.rounding, problem, dtype, seed, gradients, roundoff, computed, rounds
-    )
+    rounding = getattr(algorithm, "rounding", "sums")
+    allowed = _allowed(rounding, problem, dtype, seed, gradients, roundoff, computed, rounds)
     errors, reason = {}, ""
     for name, value, exact in zip(("y", *NAMES), found, expected, strict=False):
         what = name if name == "y" else f"gradient of {name}"

@@ -546,11 +546,11 @@ def span(found: Verdict) -> str:
 
 
 def title(rows: Sequence[Row]) -> str:
-    """Machine, device, versions, threads, allocator and date of rows measured together."""
+    """Machine, device, versions, threads, allocator and first date of rows measured together."""
     first = rows[0]
     text = f"{first.machine}, {first.device}, torch {first.versions['torch']}"
     if first.device == "cpu":
         threads = first.flags["threads"]
         text += f", {threads} thread{'s' if threads != 1 else ''}, {first.flags['allocator']}"
     quick = ", quick: smaller batches, wider intervals" if " quick-" in first.session else ""
-    return f"{text}, {first.time[:10]}{quick}"
+    return f"{text}, {min(row.time for row in rows)[:10]}{quick}"

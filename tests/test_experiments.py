@@ -158,6 +158,22 @@ def test_ceilings_come_from_their_rows():
     assert (found.flops_per_second, found.bytes_per_second) == (5, 5)
 
 
+def test_the_fastest_product_is_the_ceiling():
+    """Of three kernels; the FLOPs of each are its own."""
+    rows = experiments.run_case(experiments.ceilings_case(QUICK), "now")
+    amounts = {row.part: row.extra for row in rows}
+    product, copy = {"flops": 2 * 2048**3}, {"bytes": 2 * 4 * 2**26}
+    convolution = {"flops": 2 * (32 * 128 * 28 * 28) * (128 * 9)}
+    assert amounts == {
+        "product": product,
+        "product as a convolution": product,
+        "convolution": convolution,
+        "copy": copy,
+    }
+    rates = [row.extra["flops"] / row.median for row in rows if "flops" in row.extra]
+    assert experiments.ceilings_of(rows).flops_per_second == max(rates)
+
+
 # Cases
 
 

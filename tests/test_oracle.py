@@ -298,3 +298,11 @@ def test_a_problem_that_is_not_supported_is_an_error():
 
     with pytest.raises(ValueError, match=r"No 2 groups\."):
         check(refuses, GROUPS)
+
+
+def test_a_plain_function_is_checked():
+    problem = ConvProblem(2, 3, 4, 8, 7, kernel_size=3, padding=1)
+    right = lambda x, weight, bias, **sizes: F.conv2d(x, weight, bias, **sizes)
+    wrong = lambda x, weight, bias, **sizes: F.conv2d(x, weight, bias, **sizes) * 1.001
+    assert check(right, problem).ok
+    assert not check(wrong, problem).ok
