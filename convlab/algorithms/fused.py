@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from convlab.algorithms import rows
 from convlab.algorithms.base import add_bias, algorithm
 from convlab.algorithms.compiled import compiled_function, limits
-from convlab.algorithms.method import METHODS, Method, Sizes, convolve, flip
+from convlab.algorithms.method import METHODS, Method, Sizes, convolve, gradients_by
 
 # How far inductor may put off writing a value to memory: the taps of a row are one expression.
 OPTIONS = (
@@ -34,7 +34,8 @@ FEWER = 8
 
 @algorithm("The sum over taps compiled as it is written: no columns, no product.", limits=limits)
 def fused(x, weight, bias, stride, padding, dilation, groups):
-    sizes = Sizes(stride, padding, dilation, groups, max(len(x), 1))
+    sizes = Sizes(stride, padding, dilation, groups, 1)
+    sizes = sizes._replace(images=rows.chunk(x, weight, sizes))  # for the gradient of the weight
     return add_bias(convolve("fused", x, weight, sizes), bias)
 
 
@@ -77,17 +78,4 @@ def output(x, weight, sizes):
     return x.new_empty(0).set_(y)  # the same memory, and no view: it may be written to
 
 
-def gradients(grad, x, weight, sizes, needs):
-    gx = gw = None
-    back = sizes.flipped(weight)
-    few = sizes._replace(images=rows.chunk(x, weight, sizes))
-    if needs[0] and back is not None:
-        gx = output(grad, flip(weight, sizes.groups), back)
-    elif needs[0]:
-        gx = rows.input_gradient(grad, x, weight, few)
-    if needs[1]:
-        gw = rows.weight_gradient(grad, x, weight, few)
-    return gx, gw
-
-
-METHODS["fused"] = Method(output, gradients)
+METHODS["fused"] = Method(output, gradients_by(output, rows.input_gradient, rows.weight_gradient))

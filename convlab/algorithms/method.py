@@ -68,6 +68,28 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {}
 
 
+def gradients_by(output: Callable, scatter: Callable, weight_gradient: Callable) -> Callable:
+    """`Method.gradients`: x's by `output` with the flipped taps, where there are such sizes.
+
+    Args:
+        scatter: x's gradient for any sizes; both it and `weight_gradient` take (grad, x, weight,
+            sizes).
+    """
+
+    def gradients(grad, x, weight, sizes, needs):
+        gx = gw = None
+        back = sizes.flipped(weight)
+        if needs[0] and back is not None:
+            gx = output(grad, flip(weight, sizes.groups), back)
+        elif needs[0]:
+            gx = scatter(grad, x, weight, sizes)
+        if needs[1]:
+            gw = weight_gradient(grad, x, weight, sizes)
+        return gx, gw
+
+    return gradients
+
+
 def convolve(method: str, x: Tensor, weight: Tensor, sizes: Sizes) -> Tensor:
     """x (N, C, H, W), weight (K, C / groups, kh, kw) → (N, K, OH, OW)."""
     if torch.compiler.is_compiling():

@@ -11,7 +11,7 @@ import torch
 
 from convlab.algorithms.base import add_bias, algorithm
 from convlab.algorithms.chunked import chunks, zeros_to_add_to
-from convlab.algorithms.method import METHODS, Method, Sizes, convolve, flip, images_at_once
+from convlab.algorithms.method import METHODS, Method, Sizes, convolve, gradients_by, images_at_once
 
 
 @algorithm("Columns along the width only, one product per row of the kernel, added up in y.")
@@ -104,18 +104,6 @@ def output(x, weight, sizes):
     return y
 
 
-def gradients(grad, x, weight, sizes, needs):
-    gx = gw = None
-    back = sizes.flipped(weight)
-    if needs[0] and back is not None:
-        gx = output(grad, flip(weight, sizes.groups), back)
-    elif needs[0]:
-        gx = input_gradient(grad, x, weight, sizes)
-    if needs[1]:
-        gw = weight_gradient(grad, x, weight, sizes)
-    return gx, gw
-
-
 def input_gradient(grad, x, weight, sizes):
     """Any stride: the transpose of `output`, step by step."""
     k, g = weight.shape[0], sizes.groups
@@ -147,4 +135,4 @@ def weight_gradient(grad, x, weight, sizes):
     return gw.to(weight.dtype, memory_format=torch.contiguous_format)
 
 
-METHODS["rows"] = Method(output, gradients)
+METHODS["rows"] = Method(output, gradients_by(output, input_gradient, weight_gradient))

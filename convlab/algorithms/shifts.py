@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from convlab.algorithms.base import add_bias, algorithm
 from convlab.algorithms.chunked import chunks, zeros_to_add_to
-from convlab.algorithms.method import METHODS, Method, Sizes, convolve, flip, images_at_once
+from convlab.algorithms.method import METHODS, Method, Sizes, convolve, gradients_by, images_at_once
 from convlab.algorithms.windows import planes
 
 
@@ -85,18 +85,6 @@ def output(x, weight, sizes):
     return y
 
 
-def gradients(grad, x, weight, sizes, needs):
-    gx = gw = None
-    back = sizes.flipped(weight)
-    if needs[0] and back is not None:
-        gx = output(grad, flip(weight, sizes.groups), back)
-    elif needs[0]:
-        gx = input_gradient(grad, x, weight, sizes)
-    if needs[1]:
-        gw = weight_gradient(grad, x, weight, sizes)
-    return gx, gw
-
-
 def input_gradient(grad, x, weight, sizes):
     """Any stride: every tap's pixels get their share."""
     (ph, pw), n, k, g = sizes.padding, x.shape[0], weight.shape[0], sizes.groups
@@ -129,4 +117,4 @@ def weight_gradient(grad, x, weight, sizes):
     return gw.to(weight.dtype)
 
 
-METHODS["shifts"] = Method(output, gradients)
+METHODS["shifts"] = Method(output, gradients_by(output, input_gradient, weight_gradient))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from convlab.algorithms import rows
 from convlab.algorithms.base import add_bias, algorithm
 from convlab.algorithms.chunked import chunks
-from convlab.algorithms.method import METHODS, Method, Sizes, convolve, flip, images_at_once
+from convlab.algorithms.method import METHODS, Method, Sizes, convolve, gradients_by, images_at_once
 
 TILE = 4
 # Rows of the transforms: of pixels, of taps, and back (without ½ in the taps' it would be exact).
@@ -114,13 +114,6 @@ def magnitudes(x, weight, padding, groups):
     return output(x.abs(), weight.abs(), sizes, matrices)
 
 
-def gradients(grad, x, weight, sizes, needs):
-    back = sizes.flipped(weight)
-    if back is None:  # more padding than the kernel can see
-        return rows.gradients(grad, x, weight, sizes, needs)
-    gx = output(grad, flip(weight, sizes.groups), back) if needs[0] else None
-    gw = rows.weight_gradient(grad, x, weight, sizes) if needs[1] else None
-    return gx, gw
-
-
-METHODS["winograd"] = Method(output, gradients)
+METHODS["winograd"] = Method(
+    output, gradients_by(output, rows.input_gradient, rows.weight_gradient)
+)
