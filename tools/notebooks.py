@@ -158,7 +158,10 @@ def run(path):
 def test(path):
     """Execute one notebook in quick mode without touching its folder; return what failed."""
     with tempfile.TemporaryDirectory() as scratch:
-        os.environ |= {"CONVLAB_QUICK": "1", "CONVLAB_DATA": str(Path(scratch, "data"))}
+        folders = {
+            f"CONVLAB_{name}": str(Path(scratch, name.lower())) for name in ("DATA", "CACHE")
+        }
+        os.environ |= {"CONVLAB_QUICK": "1", **folders}
         folder = shutil.copytree(path.parent, Path(scratch, "notebooks"))
         nb = nbformat.read(folder / path.name, as_version=4)
         execute(nb, folder, timeout=900)

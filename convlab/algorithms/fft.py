@@ -48,19 +48,10 @@ def spread(weight, dilation):
     """weight (K, C / groups, kh, kw), zeros between its taps, as far apart as they are used."""
     if dilation == (1, 1):
         return weight
-    kh, kw = weight.shape[2:]
-    spread_out = weight.new_zeros(
-        *weight.shape[:2], dilation[0] * (kh - 1) + 1, dilation[1] * (kw - 1) + 1
-    )
-    return spread_out.index_put(
-        (
-            torch.arange(weight.shape[0], device=weight.device)[:, None, None, None],
-            torch.arange(weight.shape[1], device=weight.device)[None, :, None, None],
-            dilation[0] * torch.arange(kh, device=weight.device)[:, None],
-            dilation[1] * torch.arange(kw, device=weight.device),
-        ),
-        weight,
-    )
+    size = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
+    spread_out = weight.new_zeros(*weight.shape[:2], *size)
+    spread_out[:, :, :: dilation[0], :: dilation[1]] = weight
+    return spread_out
 
 
 def product(x, weight, groups):

@@ -1,12 +1,12 @@
 """The sum itself, compiled: products added up in registers, no columns and no matrix product.
 
-What `torch.compile` is given is the definition of a convolution: a strided view of the rows that
-each kernel row sees, times the weight, summed over channels and kernel rows; the taps along the
-width are written out. Inductor makes one loop nest of it, with the sum innermost and a vector of
-pixels in each register. Bytes: x padded once; then x, from a cache, once per output channel and
-kernel row; y once. FLOPs as `unfold`. It compiles for seconds per problem, and does not depend on
-how well the matrix library fits the processor. The gradient of x is the same with the flipped taps
-(with a stride: `row_windows`' transpose), that of the weight is `row_windows`'.
+What `torch.compile` is given is the definition of a convolution: strided views of x, one per tap
+(of a large kernel, one per tap of a row), times the weight, summed over the channels. Inductor
+makes one loop nest of it, with the sum innermost and a vector of pixels in each register. Bytes: x
+padded once; then x, from a cache, once for as many output channels as have registers; y once.
+FLOPs as `unfold`. It compiles for seconds per problem, and does not depend on how well the matrix
+library fits the processor. The gradient of x is the same with the flipped taps (with a stride:
+`row_windows`' transpose), that of the weight is `row_windows`'.
 """
 
 import functools

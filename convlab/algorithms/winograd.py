@@ -19,7 +19,7 @@ from convlab.algorithms.chunked import chunks
 from convlab.algorithms.method import METHODS, Method, Sizes, convolve, gradients_by, images_at_once
 
 TILE = 4
-# Rows of the transforms: of pixels, of taps, and back (without ½ in the taps' it would be exact).
+# Rows of the transforms: of pixels, of taps, and back.
 PIXELS = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 TAPS = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 BACK = ((1, 1, 1, 0), (0, 1, -1, -1))

@@ -129,7 +129,7 @@ def _key(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: tuple) -> tuple 
     cudnn = backends.cudnn
     try:
         flags = (
-            *(torch.get_num_threads(), backends.mkldnn.enabled, machine._allocator_kept),
+            *(torch.get_num_threads(), backends.mkldnn.enabled, machine.keeps_freed_memory()),
             *(torch.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.benchmark),
             *(cudnn.deterministic, cudnn.allow_tf32, backends.cuda.matmul.allow_tf32),
             torch.get_float32_matmul_precision(),

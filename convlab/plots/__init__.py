@@ -1,6 +1,7 @@
 """One function per kind of figure; one colour per algorithm everywhere.
 
-The colours are Okabe and Ito's, told apart by colour-blind readers.
+The colours are Okabe and Ito's, told apart by colour-blind readers, and for the ladder lighter and
+darker relatives of them.
 """
 
 from convlab.plots.basics import (
