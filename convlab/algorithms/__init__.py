@@ -5,6 +5,7 @@ from convlab.algorithms.chunked import unfold_chunked, unfold_recompute, windows
 from convlab.algorithms.compiled import compiled
 from convlab.algorithms.fft import fft
 from convlab.algorithms.fused import fused
+from convlab.algorithms.implicit_gemm import implicit_gemm
 from convlab.algorithms.native import native, native_channels_last, native_no_library
 from convlab.algorithms.rows import row_windows
 from convlab.algorithms.shifts import shifts
@@ -32,6 +33,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         winograd,
         compiled,
         fused,
+        implicit_gemm,
     )
 }
 

@@ -59,10 +59,12 @@ class Method(NamedTuple):
     Attributes:
         output: (x, weight, sizes) → y, contiguous.
         gradients: (grad of y, x, weight, sizes, (x wanted, weight wanted)) → both, or None.
+        nhwc: whether y and the gradient of x lie in NHWC where x does.
     """
 
     output: Callable[[Tensor, Tensor, Sizes], Tensor]
     gradients: Callable[..., tuple[Tensor | None, Tensor | None]]
+    nhwc: bool = False
 
 
 METHODS: dict[str, Method] = {}
@@ -90,6 +92,24 @@ def gradients_by(output: Callable, scatter: Callable, weight_gradient: Callable)
     return gradients
 
 
+def empty_output(x: Tensor, weight: Tensor, sizes: Sizes, nhwc: bool = False) -> Tensor:
+    """(N, K, OH, OW), not filled; in NHWC where x is, if that is wanted."""
+    shape = len(x), len(weight), *sizes.output(x, weight)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, nhwc))
+
+
+def like_input(x: Tensor, nhwc: bool = False) -> Tensor:
+    """(N, C, H, W), not filled; in NHWC where x is, if that is wanted."""
+    return torch.empty(
+        x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x, nhwc)
+    )
+
+
+def _memory_format(x: Tensor, nhwc: bool) -> torch.memory_format:
+    lies = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if nhwc and lies else torch.contiguous_format
+
+
 def convolve(method: str, x: Tensor, weight: Tensor, sizes: Sizes) -> Tensor:
     """x (N, C, H, W), weight (K, C / groups, kh, kw) → (N, K, OH, OW)."""
     if torch.compiler.is_compiling():
@@ -106,13 +126,17 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # backward itself is to be differentiated
-            return *_differentiable(grad, x, weight, ctx.sizes, needs), None, None
-        gradients = METHODS[ctx.method].gradients
-        with torch.autocast(x.device.type, enabled=False):  # it may be on around backward
-            return *gradients(grad, x, weight, ctx.sizes, needs), None, None
+        return *gradients_of(ctx.method, ctx, grad), None, None
+
+
+def gradients_of(method: str, ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and weight, which `ctx` has saved, or None where they are not wanted."""
+    x, weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    if torch.is_grad_enabled():  # backward itself is to be differentiated
+        return _differentiable(grad, x, weight, ctx.sizes, needs)
+    with torch.autocast(x.device.type, enabled=False):  # it may be on around backward
+        return METHODS[method].gradients(grad, x, weight, ctx.sizes, needs)
 
 
 def _differentiable(grad, x, weight, sizes, needs):
@@ -156,13 +180,13 @@ def _gradients(
 
 @_output.register_fake
 def _(x, weight, method, stride, padding, dilation, groups, images):
-    size = output_size(x, weight, stride, padding, dilation)
-    return x.new_empty(x.shape[0], weight.shape[0], *size)
+    sizes = Sizes(stride, padding, dilation, groups, images)
+    return empty_output(x, weight, sizes, METHODS[method].nhwc)
 
 
 @_gradients.register_fake
-def _(grad, x, weight, *arguments):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _(grad, x, weight, method, *arguments):
+    return like_input(x, METHODS[method].nhwc), weight.new_empty(weight.shape)
 
 
 def _keep(ctx, inputs, output):
