@@ -32,6 +32,7 @@ from convlab.algorithms import ALGORITHMS, Algorithm
 from convlab.algorithms.fft import fast_length
 from convlab.algorithms.method import flip
 from convlab.algorithms.winograd import magnitudes
+from convlab.kernels import interpreting
 from convlab.problem import ConvProblem, parse_device, parse_dtype
 
 CHECK_BATCH = 16  # at most so many images are checked before an algorithm is timed
@@ -129,11 +130,12 @@ def tolerance(count: int, roundoff: float, dtype: torch.dtype) -> float:
 
 
 def _roundoff(device: torch.device, dtype: torch.dtype) -> float:
-    """The unit roundoff of the arithmetic: that of TF32 where CUDA may use it."""
+    """The unit roundoff of the arithmetic: TF32's where CUDA may use that."""
     if dtype == torch.float64:
         return torch.finfo(dtype).eps / 2
     tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-    if dtype == torch.float32 and device.type == "cuda" and tf32:
+    on_gpu = device.type == "cuda" or interpreting()
+    if dtype == torch.float32 and on_gpu and tf32:
         return TF32_ROUNDOFF
     return torch.finfo(dtype).eps / 2
 

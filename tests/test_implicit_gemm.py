@@ -1,6 +1,7 @@
 """The Triton kernels of `implicit_gemm`, step by step in the interpreter and compiled for sm_90."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from drawn import assert_same, calls
 from hypothesis import given, settings
 from test_algorithms import CONV2D, SMALL
 
-from convlab import ALGORITHMS, PROBLEMS, Conv2d, ConvProblem, check
+from convlab import ALGORITHMS, PROBLEMS, Conv2d, ConvProblem, check, machine
 from convlab.kernels import interpreter, interpreting
 
 pytestmark = pytest.mark.skipif(
@@ -48,18 +49,24 @@ OTHERS = [
 ]
 
 
+TINY = [  # gradgradcheck calls the kernels for every number
+    ConvProblem(1, 2, 1, 3, 3, kernel_size=2, padding=1),
+    ConvProblem(1, 2, 2, 3, 4, kernel_size=(2, 1), stride=(1, 2), groups=2),
+]
+
+
 @pytest.fixture(autouse=True)
 def on_the_cpu():
-    with interpreter():
+    with interpreter(), machine.setting(cudnn_tf32=False):
         yield
 
 
 @pytest.fixture(params=[False, True], ids=["by channel", "by tap"])
 def order(request, monkeypatch):
     """Both orders in which a tile goes through the taps."""
-    from convlab.kernels import implicit_gemm as kernels
+    from convlab.kernels import tiles
 
-    monkeypatch.setattr(kernels, "INTERPRETED", kernels.INTERPRETED._replace(by_tap=request.param))
+    monkeypatch.setattr(tiles, "INTERPRETED", tiles.INTERPRETED._replace(by_tap=request.param))
 
 
 @pytest.mark.parametrize("problem", EACH + OTHERS, ids=str)
@@ -86,7 +93,7 @@ def test_drawn_problems(call):
         assert_same(implicit_gemm, call.x, call.weight, call.bias, **call.problem.kwargs)
 
 
-@pytest.mark.parametrize("problem", SMALL, ids=["3x3", "groups"])
+@pytest.mark.parametrize("problem", TINY, ids=["stride 1", "stride 2"])
 def test_gradients_of_first_and_second_order(problem):
     tensors = problem.inputs(dtype=torch.float64, requires_grad=True)
 
@@ -95,6 +102,38 @@ def test_gradients_of_first_and_second_order(problem):
 
     assert torch.autograd.gradcheck(f, tensors)
     assert torch.autograd.gradgradcheck(f, tensors)
+
+
+def tf32_by_steps(x):
+    """The nearest multiple of 2⁻¹⁰ of each number's power of two, ties away from zero."""
+    _, exponent = torch.frexp(x)
+    step = torch.ldexp(torch.ones_like(x, dtype=torch.float64), exponent - 11)
+    return torch.sign(x) * torch.floor(x.double().abs() / step + 0.5) * step
+
+
+def test_tf32_rounds_to_nearest_where_the_flag_of_conv2d_allows_it():
+    """Products of numbers that TF32 holds are exact; cut off in place of rounded they are not."""
+    problem = ConvProblem(2, 4, 5, 7, 6, kernel_size=3, padding=1)
+    x, weight = problem.inputs()[:2]
+    with machine.setting(cudnn_tf32=True):
+        y = implicit_gemm(x, weight, None, padding=1)
+    exact = F.conv2d(tf32_by_steps(x), tf32_by_steps(weight), None, padding=1)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(y, F.conv2d(x, weight, None, padding=1), rtol=1e-6, atol=1e-6)
+    with machine.setting(cudnn_tf32=True):
+        assert check("implicit_gemm", problem).ok
+        tensors = problem.inputs(dtype=torch.float64, requires_grad=True)
+        assert_same(implicit_gemm, *tensors, padding=1)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3e38, 1e-40, 0.0])
+def test_tf32_keeps_what_is_special(value):
+    x = torch.full((1, 1, 1, 1), value)
+    bits = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # CUDA's NaN
+    with machine.setting(cudnn_tf32=True):
+        y = implicit_gemm(x, torch.ones(1, 1, 1, 1))
+        assert implicit_gemm(bits.reshape(1, 1, 1, 1), torch.ones(1, 1, 1, 1)).isnan().all()
+    torch.testing.assert_close(y, x, rtol=2**-11, atol=1e-40, equal_nan=True)
 
 
 def test_half_precision():
@@ -121,7 +160,7 @@ def test_the_output_lies_as_the_input_does():
 
 
 def test_as_a_layer():
-    layer, reference = Conv2d(3, 4, 3, padding=1, algorithm="implicit_gemm"), None
+    layer = Conv2d(3, 4, 3, padding=1, algorithm="implicit_gemm")
     reference = torch.nn.Conv2d(3, 4, 3, padding=1)
     reference.load_state_dict(layer.state_dict())
     x = torch.randn(2, 3, 5, 5)
@@ -130,11 +169,11 @@ def test_as_a_layer():
 
 @pytest.mark.parametrize("kind", ["OUTPUT", "WEIGHT"])
 def test_every_tile_that_ships(kind, monkeypatch):
-    from convlab.kernels import implicit_gemm as kernels
+    from convlab.kernels import tiles
 
     problem = ConvProblem(2, 24, 20, 12, 11, kernel_size=3, padding=1)
-    for tile in getattr(kernels, kind):
-        monkeypatch.setattr(kernels, "INTERPRETED", tile)
+    for tile in getattr(tiles, kind):
+        monkeypatch.setattr(tiles, "INTERPRETED", tile)
         tensors = problem.inputs(requires_grad=True)
         assert_same(implicit_gemm, *tensors, **problem.kwargs)
 
@@ -142,15 +181,15 @@ def test_every_tile_that_ships(kind, monkeypatch):
 def test_every_problem_has_a_tile():
     import triton
 
-    from convlab.kernels import implicit_gemm as kernels
+    from convlab.kernels import tiles
 
-    for tiles in (kernels.OUTPUT, kernels.WEIGHT):
-        configs = [triton.Config(t.constants(), t.warps, t.stages) for t in tiles]
+    for shipped in (tiles.OUTPUT, tiles.WEIGHT):
+        configs = [triton.Config(t.constants(), t.warps, t.stages) for t in shipped]
         for p in PROBLEMS.values():
             sizes = {"C": p.in_channels // p.groups, "K": p.out_channels // p.groups}
             r, s = p.kernel_size
-            chosen = kernels.fitting(configs, sizes, R=r, S=s)
-            assert 1 <= len(chosen) <= 4
+            chosen = tiles.fitting(configs, sizes, R=r, S=s)
+            assert 1 <= len(chosen) <= 5
             widest = max(c.kwargs["CHANNELS"] for c in chosen)
             assert widest >= min(sizes["K"], 64) / 2
 
@@ -171,7 +210,6 @@ def test_says_why_not(monkeypatch):
     with pytest.raises(ValueError, match=re.escape(reason)):
         implicit_gemm(*problem.inputs())
     monkeypatch.setattr(running.importlib.util, "find_spec", lambda name: None)
-    running._no_triton.cache_clear() if hasattr(running._no_triton, "cache_clear") else None
     assert "triton is not installed" in implicit_gemm.supports(problem)
     with pytest.raises(RuntimeError, match="triton is not installed"), interpreter():
         pass
@@ -182,8 +220,6 @@ def test_the_variable_interprets_everywhere():
         "import torch, convlab; p = convlab.ConvProblem(1, 2, 3, 4, 4, kernel_size=3);"
         "f = convlab.ALGORITHMS['implicit_gemm']; print(f(*p.inputs()).shape)"
     )
-    import os
-
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment

@@ -55,19 +55,19 @@ class _WithBias(torch.autograd.Function):
 
 
 def output(x, weight, sizes, bias=None):
-    from convlab.kernels import implicit_gemm as kernels
+    from convlab.kernels import launching
 
-    return kernels.output(x, weight, bias, empty_output(x, weight, sizes, True), sizes)
+    return launching.output(x, weight, bias, empty_output(x, weight, sizes, True), sizes)
 
 
 def gradients(grad, x, weight, sizes, needs):
-    from convlab.kernels import implicit_gemm as kernels
+    from convlab.kernels import launching
 
     gx = gw = None
     if needs[0]:
-        gx = kernels.input_gradient(grad, weight, like_input(x, True), sizes)
+        gx = launching.input_gradient(grad, weight, like_input(x, True), sizes)
     if needs[1]:
-        gw = kernels.weight_gradient(grad, x, weight, sizes)
+        gw = launching.weight_gradient(grad, x, weight, sizes)
     return gx, gw
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import types
 from collections.abc import Iterator
 
 import torch
@@ -64,9 +65,20 @@ def runnable(kernel):
 
 @functools.cache
 def _interpreted(kernel):
+    """The kernel for the interpreter, with the functions that it calls as plain Python."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    return kernel if isinstance(kernel, InterpretedFunction) else InterpretedFunction(kernel.fn)
+    python = kernel.fn
+    known = {n: getattr(v, "fn", v) if _jitted(v) else v for n, v in python.__globals__.items()}
+    copy = types.FunctionType(python.__code__, known, python.__name__, python.__defaults__)
+    return InterpretedFunction(functools.update_wrapper(copy, python))
+
+
+def _jitted(value) -> bool:
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    return isinstance(value, JITFunction | InterpretedFunction)
 
 
 @torch.compiler.assume_constant_result

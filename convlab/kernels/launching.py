@@ -1,0 +1,179 @@
+"""The convolution and its gradients as launches of the kernels in `implicit_gemm`.
+
+The gradient of x is the same product read backwards: there a tap moves the other way, so that
+padding and dilation change sign. With a stride, the pixels of x that are a stride apart see the
+same taps of the weight, and are one convolution (`Phase`). The parts of the weight's gradient are
+added up always in the same order.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from convlab.kernels import tiles
+from convlab.kernels.implicit_gemm import product, weight_product
+from convlab.kernels.running import interpreting, runnable
+
+INT32 = 2**31 - 1
+PROGRAMS = 4  # per multiprocessor, so that none waits for the others at the end
+
+
+def output(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, sizes) -> Tensor:
+    """x (N, C, H, W), weight (K, C / groups, R, S), bias (K,) or None → y (N, K, OH, OW), filled.
+
+    Args:
+        sizes: with pairs `stride`, `padding`, `dilation` and the number `groups`.
+    """
+    weight = weight.unflatten(0, (sizes.groups, -1))
+    _product(x, weight, bias, y, sizes.stride, sizes.padding, sizes.dilation)
+    return y
+
+
+def input_gradient(grad: Tensor, weight: Tensor, gx: Tensor, sizes) -> Tensor:
+    """y's gradient (N, K, OH, OW), weight (K, C / groups, R, S) → gx (N, C, H, W), filled."""
+    weight = weight.unflatten(0, (sizes.groups, -1)).transpose(1, 2)  # G, C, K, R, S
+    (down, right), kernel = sizes.stride, weight.shape[3:]
+    for i, j in itertools.product(range(down), range(right)):
+        rows, columns = (
+            Phase.of(first, *size)
+            for first, *size in zip((i, j), sizes.stride, sizes.padding, sizes.dilation, kernel)
+        )
+        pixels = gx[:, :, i::down, j::right]
+        if rows is None or columns is None:
+            pixels.zero_()
+        else:
+            padding, dilation = zip(rows[1:], columns[1:])
+            taps = weight[:, :, :, rows.taps, columns.taps]
+            _product(grad, taps, None, pixels, (1, 1), padding, dilation)
+    return gx
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, sizes) -> Tensor:
+    """y's gradient (N, K, OH, OW), x (N, C, H, W) → (K, C / groups, R, S)."""
+    (_, c, r, s), g = weight.shape, sizes.groups
+    n, k, (oh, ow) = len(x), len(weight) // g, grad.shape[2:]
+    pixels = n * oh * ow
+    if not pixels:
+        return torch.zeros_like(weight)
+    blocks = g * triton.cdiv(c * r * s, 128) * triton.cdiv(k, 64)
+    splits = max(1, min(_programs(x) // blocks if x.is_cuda else 2, triton.cdiv(pixels, 512)))
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parts = torch.empty(splits, g, k, c * r * s, dtype=sums, device=x.device)
+    sizes_ = pixels, triton.cdiv(pixels, splits), c, k, *x.shape[2:], oh, ow
+    steps = *sizes.stride, *sizes.padding, *sizes.dilation
+    arguments = x, grad, parts, *sizes_, *x.stride(), *grad.stride(), *steps
+
+    def grid(tile):
+        across = triton.cdiv(c * r * s, tile["ROWS"]) * triton.cdiv(k, tile["CHANNELS"])
+        return across, g, splits
+
+    _launch(weight_product, grid, arguments, (r, s), x, grad)
+    return parts.sum(0).view(weight.shape).to(weight.dtype)
+
+
+class Phase(NamedTuple):
+    """The convolution whose outputs are the pixels first, first + stride, … of x's gradient.
+
+    Attributes:
+        taps: those that reach these pixels.
+        padding, dilation: in pixels of y; a tap that moves right in x moves left in y.
+    """
+
+    taps: slice
+    padding: int
+    dilation: int
+
+    @classmethod
+    def of(cls, first: int, stride: int, padding: int, dilation: int, kernel: int):
+        """None where no tap reaches them."""
+        step = stride // math.gcd(stride, dilation)
+        for tap in range(min(step, kernel)):
+            if (distance := first + padding - tap * dilation) % stride == 0:
+                return cls(slice(tap, None, step), -distance // stride, -step * dilation // stride)
+        return None
+
+
+def _product(x, weight, bias, y, stride, padding, dilation) -> None:
+    """y (N, G·K, OH, OW) filled from x (N, G·C, H, W) and weight (G, K, C, R, S), all views."""
+    if not y.numel():
+        return
+    g, k, c, r, s = weight.shape
+    n, _, oh, ow = y.shape
+    pixels = n * oh * ow
+    steps = *stride, *padding, *dilation
+    strides = *x.stride(), *weight.stride(), *y.stride()
+    arguments = x, weight, bias, y, pixels, c, k, *x.shape[2:], oh, ow, *strides, *steps
+
+    def grid(tile):
+        return triton.cdiv(pixels, tile["ROWS"]) * triton.cdiv(k, tile["CHANNELS"]), g
+
+    _launch(product, grid, arguments, (r, s), x, y)
+
+
+class Launch(NamedTuple):
+    """A call of a kernel, all but its tile.
+
+    Attributes:
+        grid: the tile's constants → programs along each axis.
+        constants: what the kernel is compiled for, beside the tile.
+    """
+
+    kernel: triton.runtime.KernelInterface
+    grid: Callable[[dict], tuple[int, ...]]
+    arguments: tuple
+    constants: dict
+
+
+_noted: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Launch]]:
+    """Inside the block launches are noted and not made: tensors may be on the device "meta"."""
+    global _noted
+    before, _noted = _noted, []
+    try:
+        yield _noted
+    finally:
+        _noted = before
+
+
+def _launch(kernel, grid, arguments, taps, x, y) -> None:
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32  # the flag of F.conv2d
+    constants = {
+        "R": taps[0],
+        "S": taps[1],
+        "NHWC": x.shape[1] > 1 and x.stride(1) == 1,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "INDEX": tl.int64 if max(map(_extent, (x, y))) > INT32 else tl.int32,
+    }
+    if _noted is not None:
+        _noted.append(Launch(kernel, grid, arguments, constants))
+    elif interpreting():
+        runnable(kernel)[grid](*arguments, **constants, **tiles.INTERPRETED.constants())
+    else:
+        with torch.cuda.device(x.device):
+            tiles.tuned(kernel)[grid](*arguments, **constants)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements from the tensor's first to its last."""
+    return sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())) + 1
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _programs(x: Tensor) -> int:
+    return PROGRAMS * _multiprocessors(x.device.index)

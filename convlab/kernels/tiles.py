@@ -1,0 +1,80 @@
+"""The tiles into which the kernels cut a convolution, and which of them fits a problem."""
+
+import functools
+from typing import NamedTuple
+
+import triton
+
+from convlab.kernels.implicit_gemm import product
+
+
+class Tile(NamedTuple):
+    """What one program computes: `rows` by `channels`, `depth` products at a time."""
+
+    rows: int
+    channels: int
+    depth: int
+    by_tap: bool
+    warps: int
+    stages: int
+
+    def constants(self) -> dict:
+        """What the kernels are compiled for."""
+        return {
+            "ROWS": self.rows,
+            "CHANNELS": self.channels,
+            "DEPTH": self.depth,
+            "BY_TAP": self.by_tap,
+        }
+
+
+# Few output channels: a narrow tile. Many: a wide one, whose values are each used 64 or 128 times.
+OUTPUT = (
+    Tile(128, 16, 16, False, 4, 3),
+    Tile(64, 16, 16, True, 4, 3),
+    Tile(64, 16, 32, False, 4, 3),
+    Tile(128, 32, 16, False, 4, 3),
+    Tile(128, 32, 32, True, 8, 3),
+    Tile(128, 64, 32, False, 8, 3),
+    Tile(64, 64, 32, True, 4, 3),
+    Tile(128, 64, 32, True, 8, 3),
+    Tile(128, 128, 32, True, 8, 3),
+)
+WEIGHT = (
+    Tile(64, 16, 32, False, 4, 3),
+    Tile(64, 16, 64, False, 8, 3),
+    Tile(128, 16, 32, False, 8, 3),
+    Tile(64, 64, 32, False, 4, 3),
+    Tile(64, 64, 32, True, 4, 3),
+    Tile(128, 64, 32, True, 8, 3),
+    Tile(128, 128, 32, True, 8, 3),
+)
+INTERPRETED = Tile(512, 16, 128, False, 4, 1)  # an operation costs the same, however large
+
+
+@functools.cache
+def tuned(kernel):
+    """The kernel with the fastest tile per problem, found at its first call."""
+    tiles = OUTPUT if kernel is product else WEIGHT
+    configs = [triton.Config(t.constants(), t.warps, t.stages) for t in tiles]
+    sizes = "pixels", "C", "K", "H", "WIDTH", "OH", "OW", "R", "S", "stride_h", "stride_w"
+    return triton.autotune(
+        configs,
+        key=[*sizes, "PRECISION", "NHWC"],
+        prune_configs_by={"early_config_prune": fitting},
+        do_bench=functools.partial(triton.testing.do_bench, warmup=5, rep=20),
+    )(kernel)
+
+
+def fitting(configs: list, sizes: dict, **constants) -> list:
+    """The tiles that waste little on these sizes."""
+    c, k, taps = sizes["C"], sizes["K"], constants["R"] * constants["S"]
+    wide = triton.next_power_of_2(k)
+
+    def fits(tile: dict) -> bool:
+        narrow = min(wide, 128) // 2 <= tile["CHANNELS"] <= max(wide, 16)
+        if tile["BY_TAP"]:
+            return narrow and c >= tile["DEPTH"] // 2
+        return narrow and taps > 1 and c % 32 != 0
+
+    return [config for config in configs if fits(config.kwargs)] or configs[:1]
