@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -76,6 +76,15 @@ def setting(**changes: int | bool | str) -> Iterator[None]:
             setters[name](value)
             undo.callback(setters[name], before[name])
         yield
+
+
+def constant_in_graphs(function: Callable) -> Callable:
+    """Decorator: `torch.compile` takes the result as it is when it compiles.
+
+    `torch.compiler.assume_constant_result` does this too, and loads the compiler, for a second.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 @contextlib.contextmanager

@@ -28,7 +28,9 @@ def requirements(*extras):
 
 def conda_requirements():
     lines = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
-    return {r.name: r for r in (Requirement(line) for line in lines if isinstance(line, str))}
+    plain = [line for line in lines if isinstance(line, str)]
+    by_pip = [line for line in lines[-1]["pip"] if not line.startswith("-e")]
+    return {r.name: r for r in map(Requirement, plain + by_pip)}
 
 
 def constraints():
@@ -59,7 +61,7 @@ def test_conda_environment_ends_with_the_package_itself():
     dependencies = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))[
         "dependencies"
     ]
-    assert dependencies[-1] == {"pip": ["-e ."]}
+    assert dependencies[-1]["pip"][-1] == "-e ."
 
 
 def test_the_project_has_lower_bounds_only():

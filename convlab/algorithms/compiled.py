@@ -14,6 +14,7 @@ import shutil
 
 import torch
 
+from convlab import machine
 from convlab.algorithms.base import algorithm
 from convlab.algorithms.unfold import unfold
 
@@ -26,7 +27,7 @@ def limits(problem, device):
     return _missing(device.type)
 
 
-@torch.compiler.assume_constant_result
+@machine.constant_in_graphs
 def _missing(device: str) -> str | None:
     """What `torch.compile` lacks on this machine, in a sentence."""
     if device == "cuda":

@@ -215,7 +215,7 @@ def images_at_once(x: Tensor, per_image: int) -> int:
     return threads * max(1, CACHES * size // per_image)
 
 
-@torch.compiler.assume_constant_result
+@machine.constant_in_graphs
 def _caches(device: str) -> tuple[int, int]:
     """Threads, and bytes of L2."""
     return torch.get_num_threads(), machine.cache_bytes(device)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from convlab import machine
+
 MAJOR = 8  # compute capability from which tensor cores take TF32 and bfloat16
 
 _interpreting = False
@@ -81,13 +83,13 @@ def _jitted(value) -> bool:
     return isinstance(value, JITFunction | InterpretedFunction)
 
 
-@torch.compiler.assume_constant_result
+@machine.constant_in_graphs
 def _no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "The package triton is not installed (it exists for Linux: pip install triton)."
     return None
 
 
-@torch.compiler.assume_constant_result
+@machine.constant_in_graphs
 def _major(index: int | None) -> int:
     return torch.cuda.get_device_capability(index)[0]
