@@ -24,11 +24,11 @@ REMEMBERED = 256  # problems whose code is kept in memory
 
 
 def limits(problem, device):
-    return _missing(device.type)
+    return missing_compiler(device.type)
 
 
 @machine.constant_in_graphs
-def _missing(device: str) -> str | None:
+def missing_compiler(device: str) -> str | None:
     """What `torch.compile` lacks on this machine, in a sentence."""
     if device == "cuda":
         if importlib.util.find_spec("triton") is None:
@@ -48,7 +48,7 @@ def compiled(x, weight, bias, stride, padding, dilation, groups):
 
 def specialised(form, x, weight, bias, *sizes):
     """`form` (an algorithm), compiled for one problem, of these tensors."""
-    return compiled_function(_with_bias, x, weight, (form, bias is None, *sizes))(x, weight, bias)
+    return compiled_function(_with_bias, (x, weight), (form, bias is None, *sizes))(x, weight, bias)
 
 
 def _with_bias(x, weight, bias, form, no_bias, *sizes):
@@ -73,7 +73,12 @@ def _compile(function, shapes, dtype, device, arguments, options):
     )
 
 
-def compiled_function(function, x, weight, arguments, options=()):
-    """`function(x, weight, …, *arguments)` compiled for tensors like these; options: inductor's."""
+def compiled_function(function, tensors, arguments, options=()):
+    """`function(*tensors, *arguments)` compiled for tensors like these; options: inductor's.
+
+    Args:
+        tensors: some or all of those that it will be called with; they tell problems apart.
+    """
     options = options if BACKEND == "inductor" else ()
-    return _compile(function, (x.shape, weight.shape), x.dtype, x.device, arguments, options)
+    shapes = tuple(None if t is None else t.shape for t in tensors)
+    return _compile(function, shapes, tensors[0].dtype, tensors[0].device, arguments, options)

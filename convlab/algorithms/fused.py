@@ -73,7 +73,7 @@ def output(x, weight, sizes):
     padded = F.pad(x, (pw, pw, ph, ph)) if ph or pw else x.contiguous()
     at_once = REGISTERS.get(torch.backends.cpu.get_cpu_capability(), FEWER)
     arguments = size, sizes.stride, sizes.dilation, sizes.groups, at_once
-    function = compiled_function(sum_of_taps, padded, weight, arguments, OPTIONS)
+    function = compiled_function(sum_of_taps, (padded, weight), arguments, OPTIONS)
     y = function(padded, weight.contiguous())
     return x.new_empty(0).set_(y)  # the same memory, and no view: it may be written to
 

@@ -1,0 +1,5 @@
+"""`flex_conv2d`: the reader's own `combine(x, w)` in place of the product, fused, with gradients."""
+
+from convlab.flex.function import flex_conv2d
+
+__all__ = ["flex_conv2d"]

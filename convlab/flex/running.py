@@ -1,0 +1,182 @@
+"""Runs the loops of a custom convolution: compiled, or as they are on a few images at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from convlab import machine
+from convlab.algorithms.chunked import chunks
+from convlab.algorithms.compiled import compiled_function
+from convlab.flex import loops
+from convlab.flex.combine import Combine
+from convlab.flex.loops import Plan
+
+OPTIONS = (
+    ("realize_acc_reads_threshold", 256),
+    ("realize_opcount_threshold", 4096),
+    ("realize_reads_threshold", 256),
+)
+REGISTERS = {"AVX512": 16}  # running sums at a time: half of the vector registers
+FEWER = 8
+TERMS = 2**20  # values that the loops, run as they are, hold at a time
+
+_announced = False
+
+
+class Call(NamedTuple):
+    """One problem: what is combined how, on which sizes.
+
+    Attributes:
+        pads: (top, left).
+        compiled: by inductor; else the loops run as they are.
+    """
+
+    combine: Combine
+    reduce: str
+    stride: tuple[int, int]
+    pads: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    compiled: bool
+
+    def plan(self, size: Sequence[int], channels: int, width: int = 1) -> Plan:
+        """For outputs of `size`, of which each group has `channels`, `width` sums for each."""
+        registers = REGISTERS.get(torch.backends.cpu.get_cpu_capability(), FEWER)
+        most = max(1, registers // width // self.weight_of_terms()) if self.compiled else 1
+        at_once = max(n for n in range(1, most + 1) if channels % n == 0)
+        sizes = self.stride, self.dilation, self.groups
+        return Plan(self.combine, self.reduce, tuple(size), *sizes, at_once)
+
+    def weight_of_terms(self) -> int:
+        """How much longer than a multiplication a term is, roughly: it fills registers too."""
+        operations = len(self.combine.value.graph.nodes) - self.combine.arity - 2
+        return max(1, operations // 4)
+
+
+def forward(call: Call, padded: Tensor, weight: Tensor, aux, captured) -> Tensor:
+    """→ y (N, K, OH, OW)."""
+    size = _size(call, padded, weight)
+    plan = call.plan(size, len(weight) // call.groups)
+    tensors = padded, weight, aux, *captured
+    return _per_image(call, loops.forward, tensors, (0, 2), (plan,), weight)
+
+
+def gradients(call: Call, x, padded, weight, aux, captured, grad, y, needs) -> list:
+    """The gradients of x, weight, aux and each captured number, None where `needs` is False."""
+    grad, y = grad.contiguous(), (None if call.reduce == "sum" else y)
+    size = grad.shape[2:]
+    channels = len(weight) // call.groups
+    plan = call.plan(size, channels)
+    if call.reduce == "max":
+        y = y - loops.TIES * torch.finfo(y.dtype).eps * y.abs().nan_to_num(posinf=0.0)
+        tensors = padded, weight, aux, y, *captured
+        ties = _per_image(call, loops.sensitivity, tensors, (0, 2, 3), (plan, -1), weight)
+        grad = grad / ties
+    found: list[Tensor | None] = [None] * len(needs)
+    if needs[0]:
+        found[0] = _input_gradient(call, x, weight, aux, captured, grad, y)
+    if needs[1]:
+        found[1] = _weight_gradient(call, padded, weight, aux, captured, grad, y)
+    first = 2 if aux is None else 3
+    wanted = [2] * (aux is not None and needs[2]) + [
+        i for i in range(first, first + len(captured)) if needs[i + 3 - first]
+    ]
+    for which in wanted:
+        tensors = padded, weight, aux, y, *captured
+        slopes = _per_image(call, loops.sensitivity, tensors, (0, 2, 3), (plan, which), weight)
+        product = slopes * grad
+        if aux is not None and which == 2:
+            found[2] = product.sum(1, keepdim=True) if aux.shape[1] == 1 else product
+        else:
+            found[which + 3 - first] = product.sum()
+    return found
+
+
+def _input_gradient(call, x, weight, aux, captured, grad, y) -> Tensor:
+    scattered = [
+        None if t is None else _scatter(call, t, x, weight, fill)
+        for t, fill in ((aux, 0.0), (grad, 0.0), (y, torch.inf))
+    ]
+    plan = call.plan(x.shape[2:], x.shape[1] // call.groups)
+    tensors = x.contiguous(), weight, *scattered, *captured
+    return _per_image(call, loops.input_gradient, tensors, (0, 2, 3, 4), (plan,), weight)
+
+
+def _weight_gradient(call, padded, weight, aux, captured, grad, y) -> Tensor:
+    channels, (_, c, _, kw) = len(weight) // call.groups, weight.shape
+    plan = call.plan(grad.shape[2:], channels, kw)
+    per_image = (padded[:1].nbytes + grad[:1].nbytes) if len(padded) else 1
+    cached = max(1, machine.cache_bytes(padded.device.type) * 2 // max(per_image, 1))
+    images = cached if call.compiled else _images(grad, c * len(weight) * kw)
+    total = None
+    for part in chunks(len(padded), images):
+        batch = [None if t is None else t[part] for t in (padded, aux, grad, y)]
+        tensors = batch[0], weight, *batch[1:], *captured
+        found = _function(call, loops.weight_gradient, tensors, (plan,))(*tensors)
+        total = found if total is None else total.add_(found)
+    return (torch.zeros_like(weight) if total is None else total).to(weight.dtype)
+
+
+def _scatter(call, values: Tensor, x: Tensor, weight: Tensor, fill: float) -> Tensor:
+    """Values of outputs (N, K, OH, OW) → (N, K, H + reach, W + reach), each at its last tap."""
+    reach = [d * (k - 1) for d, k in zip(call.dilation, weight.shape[2:])]
+    result = values.new_full((*values.shape[:2], *(n + r for n, r in zip(x.shape[2:], reach))), fill)
+    target, source = [], []
+    for length, count, step, r, pad in zip(
+        result.shape[2:], values.shape[2:], call.stride, reach, call.pads
+    ):
+        start = r - pad
+        first = max(0, -(start // step)) if start < 0 else 0
+        last = min(count, (length - 1 - start) // step + 1)
+        place = start + first * step
+        target.append(slice(place, place + max(0, last - first - 1) * step + 1, step))
+        source.append(slice(first, last))
+        if last <= first:
+            return result
+    result[(..., *target)] = values[(..., *source)]
+    return result
+
+
+def _size(call: Call, padded: Tensor, weight: Tensor) -> tuple[int, int]:
+    return tuple(
+        (n - d * (k - 1) - 1) // s + 1
+        for n, d, k, s in zip(padded.shape[2:], call.dilation, weight.shape[2:], call.stride)
+    )
+
+
+def _per_image(call: Call, function: Callable, tensors, batched, arguments, weight) -> Tensor:
+    """`function` of all images at once if compiled, else of a few; `batched`: which have images."""
+    if call.compiled:
+        return _function(call, function, tensors, arguments)(*tensors)
+    images = _images(tensors[0], weight.numel() // max(weight[0, 0].numel(), 1))
+    parts = []
+    for part in chunks(len(tensors[0]), images):
+        some = [
+            t[part] if place in batched and t is not None else t for place, t in enumerate(tensors)
+        ]
+        parts.append(function(*some, *arguments))
+    return torch.cat(parts)
+
+
+def _images(tensor: Tensor, per_pixel: int) -> int:
+    return max(1, TERMS // max(1, per_pixel * tensor[0, 0].numel())) if len(tensor) else 1
+
+
+def _function(call: Call, function: Callable, tensors, arguments) -> Callable:
+    if not call.compiled:
+        return lambda *given: function(*given, *arguments)
+    _announce()
+    return compiled_function(function, tensors, arguments, OPTIONS)
+
+
+def _announce() -> None:
+    global _announced
+    if not _announced:
+        _announced = True
+        text = "flex_conv2d compiles its loops: some seconds for each new function or size."
+        print(text, file=sys.stderr, flush=True)
