@@ -29,7 +29,9 @@ def by_definition(x, weight, aux, combine, reduce, stride, dilation, groups) -> 
     inputs = [columns, filters]
     if aux is not None:
         shared = aux.shape[1] == 1
-        inputs.append(aux.unflatten(1, (1, 1) if shared else (groups, -1))[:, :, :, None, None, None])
+        inputs.append(
+            aux.unflatten(1, (1, 1) if shared else (groups, -1))[:, :, :, None, None, None]
+        )
     terms = combine(*inputs)
     full = torch.broadcast_shapes(*(t.shape for t in inputs))
     return REDUCTIONS[reduce](terms.expand(full), (3, 4, 5)).flatten(1, 2)

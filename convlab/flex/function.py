@@ -60,9 +60,7 @@ def flex_conv2d(
     x, weight, sizes = _checked(x, weight, stride, padding, dilation, groups)
     if x.dim() == 3:
         aux = aux[None] if isinstance(aux, Tensor) and aux.dim() == 3 else aux
-        return flex_conv2d(
-            x[None], weight, combine, reduce, *sizes, pad_value, aux, backend
-        )[0]
+        return flex_conv2d(x[None], weight, combine, reduce, *sizes, pad_value, aux, backend)[0]
     stride, padding, dilation, groups = sizes
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")

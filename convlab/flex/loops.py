@@ -101,7 +101,8 @@ def weight_gradient(x, weight, aux, grad, y, *rest) -> Tensor:
     window, filters, aux = _by_groups(x, weight, aux, plan)
     g, kernel = plan.groups, weight.shape[2:]
     grad, y = (
-        None if t is None else _wide(t).unflatten(1, (g, -1))[:, :, :, None, None] for t in (grad, y)
+        None if t is None else _wide(t).unflatten(1, (g, -1))[:, :, :, None, None]
+        for t in (grad, y)
     )  # N, G, K / G, 1, 1, OH, OW
     blocks = []
     for first in range(plan.at_once):

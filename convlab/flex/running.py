@@ -112,7 +112,9 @@ def _weight_gradient(call, padded, weight, aux, captured, grad, y) -> Tensor:
     plan = call.plan(grad.shape[2:], channels, kw)
     per_image = (padded[:1].nbytes + grad[:1].nbytes) if len(padded) else 1
     cached = max(1, machine.cache_bytes(padded.device.type) * 2 // max(per_image, 1))
-    images = cached if call.compiled else _images(grad, c * len(weight) * kw)
+    images = (
+        _divisor(len(padded), cached) if call.compiled else _images(grad, c * weight[0].numel())
+    )
     total = None
     for part in chunks(len(padded), images):
         batch = [None if t is None else t[part] for t in (padded, aux, grad, y)]
@@ -122,10 +124,18 @@ def _weight_gradient(call, padded, weight, aux, captured, grad, y) -> Tensor:
     return (torch.zeros_like(weight) if total is None else total).to(weight.dtype)
 
 
+def _divisor(images: int, most: int) -> int:
+    """The largest chunk of at most `most` that needs no shorter last one: each size is compiled."""
+    fitting = [n for n in range(1, min(images, most) + 1) if images % n == 0]
+    return fitting[-1] if fitting and 4 * fitting[-1] >= min(images, most) else max(images, 1)
+
+
 def _scatter(call, values: Tensor, x: Tensor, weight: Tensor, fill: float) -> Tensor:
     """Values of outputs (N, K, OH, OW) → (N, K, H + reach, W + reach), each at its last tap."""
     reach = [d * (k - 1) for d, k in zip(call.dilation, weight.shape[2:])]
-    result = values.new_full((*values.shape[:2], *(n + r for n, r in zip(x.shape[2:], reach))), fill)
+    result = values.new_full(
+        (*values.shape[:2], *(n + r for n, r in zip(x.shape[2:], reach))), fill
+    )
     target, source = [], []
     for length, count, step, r, pad in zip(
         result.shape[2:], values.shape[2:], call.stride, reach, call.pads
