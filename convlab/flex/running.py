@@ -23,6 +23,7 @@ OPTIONS = (
 )
 REGISTERS = {"AVX512": 16}  # running sums at a time: half of the vector registers
 FEWER = 8
+EXPENSIVE = 4  # what an exponential takes of the registers
 TERMS = 2**20  # values that the loops, run as they are, hold at a time
 
 _announced = False
@@ -55,7 +56,7 @@ class Call(NamedTuple):
     def weight_of_terms(self) -> int:
         """How much longer than a multiplication a term is, roughly: it fills registers too."""
         operations = len(self.combine.value.graph.nodes) - self.combine.arity - 2
-        return max(1, operations // 4)
+        return max(1, operations // 4) * (EXPENSIVE if self.reduce == "logsumexp" else 1)
 
 
 def forward(call: Call, padded: Tensor, weight: Tensor, aux, captured) -> Tensor:
@@ -163,7 +164,7 @@ def _per_image(call: Call, function: Callable, tensors, batched, arguments, weig
     """`function` of all images at once if compiled, else of a few; `batched`: which have images."""
     if call.compiled:
         return _function(call, function, tensors, arguments)(*tensors)
-    images = _images(tensors[0], weight.numel() // max(weight[0, 0].numel(), 1))
+    images = _images(tensors[0], _terms(weight))
     parts = []
     for part in chunks(len(tensors[0]), images):
         some = [
@@ -171,6 +172,12 @@ def _per_image(call: Call, function: Callable, tensors, batched, arguments, weig
         ]
         parts.append(function(*some, *arguments))
     return torch.cat(parts)
+
+
+def _terms(weight: Tensor) -> int:
+    """Values per pixel that the loops hold when they run as they are."""
+    k, c, kh, kw = weight.shape
+    return k * c * (kh if kh * kw > loops.UNROLLED else 1)
 
 
 def _images(tensor: Tensor, per_pixel: int) -> int:
