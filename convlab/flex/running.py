@@ -109,13 +109,11 @@ def _input_gradient(call, x, weight, aux, captured, grad, y) -> Tensor:
 
 
 def _weight_gradient(call, padded, weight, aux, captured, grad, y) -> Tensor:
-    channels, (_, c, _, kw) = len(weight) // call.groups, weight.shape
+    channels, kw = len(weight) // call.groups, weight.shape[3]
     plan = call.plan(grad.shape[2:], channels, kw)
     per_image = (padded[:1].nbytes + grad[:1].nbytes) if len(padded) else 1
     cached = max(1, machine.cache_bytes(padded.device.type) * 2 // max(per_image, 1))
-    images = (
-        _divisor(len(padded), cached) if call.compiled else _images(grad, c * weight[0].numel())
-    )
+    images = _divisor(len(padded), cached) if call.compiled else _images(grad, _terms(weight))
     total = None
     for part in chunks(len(padded), images):
         batch = [None if t is None else t[part] for t in (padded, aux, grad, y)]
@@ -176,8 +174,7 @@ def _per_image(call: Call, function: Callable, tensors, batched, arguments, weig
 
 def _terms(weight: Tensor) -> int:
     """Values per pixel that the loops hold when they run as they are."""
-    k, c, kh, kw = weight.shape
-    return k * c * (kh if kh * kw > loops.UNROLLED else 1)
+    return weight.numel() // weight.shape[3]
 
 
 def _images(tensor: Tensor, per_pixel: int) -> int:
