@@ -37,7 +37,10 @@ def test_on_the_cpu_there_is_nothing_to_measure():
 
 
 def test_the_plan_holds_what_is_to_be_compared(gpu):
-    planned = experiments.EXPERIMENTS["kernel"].cases(gpu())
+    roofs, planned = [], []
+    for case in experiments.EXPERIMENTS["kernel"].cases(gpu()):
+        (roofs if case.name.startswith("kernel/roof/") else planned).append(case)
+    assert [case.name.rpartition("/")[2] for case in roofs] == [*kernel.MODES]
     names = [case.name for case in planned]
     assert len(set(names)) == len(names) == 4 * (2 * 2 + 7)
     for n in (256, 512):
@@ -45,7 +48,7 @@ def test_the_plan_holds_what_is_to_be_compared(gpu):
             for mode in kernel.MODES:
                 assert f"kernel/b{n}-10to15-50x50/{pass_}/{mode}" in names
     assert "kernel/b256-512to512-7x7/forward/bf16" in names
-    assert len(experiments.EXPERIMENTS["kernel"].cases(gpu(quick=True))) == 4 * (2 + 1)
+    assert len(experiments.EXPERIMENTS["kernel"].cases(gpu(quick=True))) == 4 * (2 + 1 + 1)
     for case in planned:
         assert case.algorithms.count("native") == case.algorithms.count("implicit_gemm") == 2
         assert {"unfold", "unfold_batched", "thread"} < {*case.algorithms}
@@ -55,6 +58,19 @@ def test_the_plan_holds_what_is_to_be_compared(gpu):
     assert compiled == [
         f"kernel/b{n}-10to15-50x50/forward/{m}" for n in (256, 512) for m in ("TF32", "bf16")
     ]
+
+
+def test_roofs_come_from_their_rows():
+    rows = experiments.run_case(kernel.roof_case("fp32", Settings()), "now")
+    assert [(r.part, r.algorithm, r.problem) for r in rows] == [
+        ("fp32, product", "", {}),
+        ("fp32, copy", "", {}),
+    ]
+    (name, roof), *others = experiments.roofs_of(rows).items()
+    assert (name, others) == ("fp32", [])
+    assert roof.flops_per_second == 2 * 256**3 / rows[0].median
+    assert roof.bytes_per_second == 2 * 4 * 2**20 / rows[1].median
+    assert experiments.roofs_of([]) == {}
 
 
 def test_errors_are_asked_for_on_every_named_problem(gpu):

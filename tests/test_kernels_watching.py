@@ -128,6 +128,38 @@ def test_the_shipped_kernel_is_watched_and_left_as_it_was():
     assert "create_masked_load" not in vars(interpreter_builder)
 
 
+@needs_triton
+@pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("by_tap", [False, True], ids=["flattened", "by tap"])
+def test_the_shipped_kernel_with_a_tile_of_ones_own(nhwc, by_tap):
+    from convlab import ConvProblem
+    from convlab.kernels.tiles import Tile
+    from convlab.kernels.watching import totals
+
+    p = ConvProblem(2, 10, 16, 6, 6, kernel_size=3, padding=1)
+    tensors, seen = lesson.watch(p, Tile(32, 16, 16, by_tap, 4, 1), nhwc)
+    table = totals(seen, tensors)
+    assert (table["programs"] == 3).all(), "72 pixels in tiles of 32"
+    chunks = 9 if by_tap else 6  # of 16, for 90 products
+    assert table.loc["weight", "lanes"] == 3 * chunks * 16 * 16
+    assert table.loc["weight", "masked"] == 3 * 16 * (chunks * 16 - 90)
+    assert table.loc["x", "lanes"] == 3 * chunks * 16 * 32
+    assert table.loc["x", "bytes"] == 4 * 2 * 10 * (6 * 3 - 2) ** 2
+
+
+@needs_triton
+def test_launches_are_noted_without_tensors():
+    from convlab import ConvProblem
+
+    p = ConvProblem(2, 4, 6, 9, 9, kernel_size=3, stride=2, padding=1)
+    assert [len(lesson.launches(p, q)) for q in ("forward", "gradient of weight")] == [1, 1]
+    taps = [n.constants["R"] * n.constants["S"] for n in lesson.launches(p, "gradient of x")]
+    assert sorted(taps) == [1, 2, 2, 4]
+    (launch,) = lesson.launches(p, nhwc=True, dtype=torch.bfloat16)
+    assert launch.constants["NHWC"]
+    assert launch.arguments[0].dtype == torch.bfloat16
+
+
 def test_without_triton_kernels_can_be_read_and_not_run(monkeypatch):
     real = builtins.__import__
 

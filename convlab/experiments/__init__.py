@@ -15,7 +15,7 @@ from convlab.experiments.cases import (
     training_step,
 )
 from convlab.experiments.facts import ceilings_case, ceilings_of, stages_case, storage_case
-from convlab.experiments.kernel import error_case, kernel_case
+from convlab.experiments.kernel import error_case, kernel_case, roofs_of
 from convlab.experiments.library import VARIANTS, Variant, library_case
 from convlab.experiments.mistakes import mistakes_case
 from convlab.experiments.named import EXPERIMENTS, LAYER, PAIR, REPRODUCE, SCALES, Experiment
@@ -54,6 +54,7 @@ __all__ = [
     "mistakes_case",
     "one_pass",
     "plan",
+    "roofs_of",
     "run",
     "run_case",
     "short_name",

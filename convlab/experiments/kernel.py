@@ -7,13 +7,13 @@ timed: a forward pass on its first and last image, a training pass as a whole.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from convlab import machine, oracle, records, timing
+from convlab import cost, machine, oracle, records, timing
 from convlab.experiments.cases import (
     Case,
     Settings,
@@ -25,7 +25,7 @@ from convlab.experiments.cases import (
     short_name,
 )
 from convlab.peers import find
-from convlab.problem import ConvProblem
+from convlab.problem import DTYPES, ConvProblem
 from convlab.problems import NETWORKS, PROBLEMS, thread_problem
 from convlab.records import Row
 from convlab.timing import Function
@@ -72,7 +72,55 @@ def kernel_cases(s: Settings) -> list[Case]:
     layers = [PROBLEMS[name] for name in NETWORKS["resnet50"]]
     layers = [p.replace(batch=s.batch(BATCH)) for p in layers if p.kernel_size == (3, 3)]
     problems += [(p, "forward") for p in (layers[:1] if s.quick else layers)]
-    return [kernel_case(p, q, mode, s) for p, q in problems for mode in MODES]
+    cases = [kernel_case(p, q, mode, s) for p, q in problems for mode in MODES]
+    return [roof_case(mode, s) for mode in MODES] + cases
+
+
+def roof_case(mode: str, settings: Settings) -> Case:
+    """FLOP/s of a large matrix product in this number format, bytes/s of a large copy."""
+    run = functools.partial(_roof, mode, settings)
+    return Case("kernel", f"kernel/roof/{mode}", run, flags=MODES[mode].flags)
+
+
+def _roof(mode: str, settings: Settings) -> list[Row]:
+    side, values = (8192, 2**29) if settings.on_gpu else (256, 2**20)
+    device, dtype = settings.device, DTYPES[MODES[mode].dtype]
+    a, b, c = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(3))
+    source = torch.zeros(values, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    functions = {"product": lambda: torch.mm(a, b, out=c), "copy": lambda: target.copy_(source)}
+    amounts = {"product": {"flops": 2 * side**3}, "copy": {"bytes": 2 * source.nbytes}}
+    measured = timing.interleaved(functions, device, peak=False, **settings.brief)
+    return [
+        records.row(
+            "kernel",
+            "",
+            None,
+            "",
+            m,
+            device=device,
+            dtype=MODES[mode].dtype,
+            part=f"{mode}, {part}",
+            extra=amounts[part],
+        )
+        for part, m in measured.items()
+    ]
+
+
+def roofs_of(rows: Iterable[Row]) -> dict[str, cost.Ceilings]:
+    """Mode → what the machine reaches in it, from the newest rows of `roof_case`."""
+    found: dict[str, dict[str, Row]] = {}
+    for r in rows:
+        if r.experiment == "kernel" and not r.algorithm and r.samples:
+            mode, _, part = r.part.partition(", ")
+            found.setdefault(mode, {})[part] = r
+    return {
+        mode: cost.Ceilings(
+            parts["product"].extra["flops"] / parts["product"].median,
+            parts["copy"].extra["bytes"] / parts["copy"].median,
+        )
+        for mode, parts in found.items()
+    }
 
 
 def kernel_case(problem: ConvProblem, pass_: str, mode: str, settings: Settings) -> Case:
