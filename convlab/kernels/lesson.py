@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,8 +37,21 @@ def interpret(kernel, grid: Sequence[int], *arguments, **constants) -> None:
     Raises:
         RuntimeError: the package triton is not installed.
     """
-    with interpreter():
+    with interpreter(), _library_interpreted():
         runnable(kernel)[tuple(grid)](*arguments, **constants)
+
+
+@contextlib.contextmanager
+def _library_interpreted() -> Iterator[None]:
+    """Inside the block `tl.zeros`, `tl.sum` and others that are kernels too run as plain Python."""
+    from triton.runtime.jit import JITFunction
+
+    with contextlib.ExitStack() as undo:
+        for name, value in list(vars(tl).items()):
+            if isinstance(value, JITFunction):
+                undo.callback(setattr, tl, name, value)
+                setattr(tl, name, value.fn)
+        yield
 
 
 def launches(
