@@ -147,6 +147,38 @@ def test_the_shipped_kernel_with_a_tile_of_ones_own(nhwc, by_tap):
     assert table.loc["x", "bytes"] == 4 * 2 * 10 * (6 * 3 - 2) ** 2
 
 
+@jit
+def row_sums(X, Y, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    i, j = tl.arange(0, ROWS), tl.arange(0, DEPTH)
+    x = tl.load(X + i[:, None] * DEPTH + j[None, :])
+    y = tl.zeros((ROWS,), tl.float32)
+    tl.store(Y + i, y + tl.sum(x, axis=1))
+
+
+@needs_triton
+def test_functions_that_are_kernels_themselves_are_interpreted_and_put_back():
+    from triton.runtime.jit import JITFunction
+
+    x, y = torch.randn(4, 8), torch.zeros(4)
+    interpret(row_sums, [1], x, y, ROWS=4, DEPTH=8)
+    torch.testing.assert_close(y, x.sum(1))
+    assert isinstance(tl.sum, JITFunction)
+    assert isinstance(tl.zeros, JITFunction)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_a_kernel_that_was_interpreted_compiles_afterwards():
+    pytest.importorskip("triton.backends.nvidia")
+    from convlab.kernels.compiling import compile_kernel
+
+    x, y = torch.randn(64, 32), torch.zeros(64)
+    interpret(row_sums, [1], x, y, ROWS=64, DEPTH=32)
+    code = compile_kernel(row_sums, (x, y), {"ROWS": 64, "DEPTH": 32}, warps=4, stages=1)
+    assert code.spills == 0
+    assert code.matrix == 0
+
+
 @needs_triton
 def test_launches_are_noted_without_tensors():
     from convlab import ConvProblem

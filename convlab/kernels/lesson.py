@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 try:
     import triton.language as tl
+    from triton import __version__ as VERSION
     from triton import jit
 except ImportError:
+    VERSION = None
     tl = types.SimpleNamespace(constexpr=object)
 
     def jit(function: Callable) -> Callable:

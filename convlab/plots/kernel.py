@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from convlab.pitfalls import factor_text
 from convlab.plots.basics import COLOURS, OTHER, finish, theme
@@ -63,7 +63,7 @@ def waste(frame: pd.DataFrame, counted: pd.DataFrame, title: str, note: str) -> 
         figure, axes = plt.subplots(figsize=(8, 3.8))
         for name in frame.columns:
             axes.plot(frame.index, frame[name], color=ORDERS[name], label=f"{name}, computed")
-        for name in counted.columns:
+        for name in counted.columns if len(counted) else ():
             axes.plot(
                 counted.index,
                 counted[name],
@@ -102,8 +102,8 @@ def roofline(ceilings: Mapping[str, Ceilings], points: pd.DataFrame, title: str,
                 p["intensity"],
                 p["flops_per_second"],
                 MARKERS[formats.index(p["format"])],
-                color=COLOURS.get(p["algorithm"], OTHER),
-                ms=9,
+                color=_colour(p["algorithm"]),
+                ms=14 - 3 * formats.index(p["format"]),
                 mec="white",
             )
         handles, _ = axes.get_legend_handles_labels()
@@ -148,6 +148,7 @@ def above_floor(panels: Mapping[str, pd.DataFrame], title: str, note: str) -> Fi
                     axis.plot(value, y, marker, color=colour, ms=8, mec="white", zorder=2)
             axis.set(title=name, xlabel="time / floor")
             axis.grid(False, axis="y")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: factor_text(value)))
             axis.xaxis.set_minor_formatter(NullFormatter())
         first = next(iter(panels.values()))
@@ -168,7 +169,7 @@ def _below(figure: Figure, note: str, entries: int) -> Figure:
     """`finish`, with the note under the lines of the legend."""
     finished = finish(figure, note)
     text = finished.texts[-1]
-    text.set_y(-0.01 - 0.24 * (1 + (entries - 1) // 4) / finished.get_figheight())
+    text.set_y(-0.08 - 0.28 * (1 + (entries - 1) // 4) / finished.get_figheight())
     return finished
 
 
