@@ -15,6 +15,7 @@ from convlab.experiments.cases import (
     training_step,
 )
 from convlab.experiments.facts import ceilings_case, ceilings_of, stages_case, storage_case
+from convlab.experiments.kernel import error_case, kernel_case, roofs_of
 from convlab.experiments.library import VARIANTS, Variant, library_case
 from convlab.experiments.mistakes import mistakes_case
 from convlab.experiments.named import EXPERIMENTS, LAYER, PAIR, REPRODUCE, SCALES, Experiment
@@ -44,6 +45,8 @@ __all__ = [
     "ceilings_case",
     "ceilings_of",
     "compare_case",
+    "error_case",
+    "kernel_case",
     "last_session",
     "latest",
     "library_case",
@@ -51,6 +54,7 @@ __all__ = [
     "mistakes_case",
     "one_pass",
     "plan",
+    "roofs_of",
     "run",
     "run_case",
     "short_name",

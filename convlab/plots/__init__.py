@@ -20,6 +20,7 @@ from convlab.plots.basics import (
     timeline,
     trace,
 )
+from convlab.plots.kernel import above_floor, roofline, traffic, waste
 from convlab.plots.ladder import at_a_time, dumbbells, front, ladder_map, rungs, trade, versus
 from convlab.plots.library import KINDS, layer_map, network_bars, switches, variant_colour
 from convlab.plots.scaling import agreement, budget, heat, scaling, slope
@@ -42,6 +43,7 @@ __all__ = [
     "OTHER",
     "STAGE_COLOURS",
     "VERDICT_COLOURS",
+    "above_floor",
     "agreement",
     "at_a_time",
     "bars",
@@ -62,6 +64,7 @@ __all__ = [
     "network_bars",
     "png",
     "ratio_bars",
+    "roofline",
     "rule",
     "rungs",
     "scaling",
@@ -75,7 +78,9 @@ __all__ = [
     "timeline",
     "trace",
     "trade",
+    "traffic",
     "variant_colour",
     "verdict_grid",
     "versus",
+    "waste",
 ]
