@@ -1,0 +1,120 @@
+"""How long the layer takes, beside `nn.Conv2d` of the same sizes and beside its own fast form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from convlab import timing
+from convlab.algorithms import ALGORITHMS
+from convlab.diagnosing import forms
+from convlab.diagnosing.probe import Behaviour
+from convlab.diagnosing.subject import Subject
+from convlab.stages import operators
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LAYER, CONV, OFF, FAST = "this layer", "nn.Conv2d", "nn.Conv2d, library off", "fast form"
+CHECKED_IMAGES = 4
+CLOSE = 1e-3  # relative to the largest value: the layer and its fast form, both in x's dtype
+OPTIONS = {"seconds": 3.0, "min_rounds": 5}
+QUICK_OPTIONS = {"seconds": 0.4, "min_rounds": 3}
+LONG_SECONDS = 5.0  # three rounds of such a pass are enough
+
+
+@dataclass
+class Times:
+    """What was measured.
+
+    Attributes:
+        forward, train: tables of `timing.compare`; train is None where there is no gradient.
+        operators: "forward" and "train" → table of `stages.operators`.
+        launches: kernel launches on CUDA in forward.
+        fast_error: largest difference of the fast form from the layer, over the largest value;
+            None if there is no fast form.
+    """
+
+    forward: pd.DataFrame
+    train: pd.DataFrame | None
+    operators: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    launches: int | None = None
+    fast_error: float | None = None
+
+
+def times(subject: Subject, found: Behaviour, quick: bool, seconds: float) -> Times:
+    """Forward without and training with gradients; `seconds`: of one pass, roughly."""
+    with subject.quiet():
+        functions, error = _functions(subject, found)
+        options = dict(QUICK_OPTIONS if quick else OPTIONS)
+        if seconds > LONG_SECONDS:
+            options["min_rounds"] = 3
+        baseline = CONV if CONV in functions else LAYER
+        forward = {name: _forward(f, subject.x) for name, (f, _) in functions.items()}
+        tables = [timing.compare(forward, baseline, subject.device, **options)]
+        passes = {"forward": forward[LAYER]}
+        train = {}
+        if subject.differentiable:
+            grad = torch.randn_like(subject.y)
+            train = {n: _train(f, p, subject.x, grad) for n, (f, p) in functions.items()}
+            tables.append(timing.compare(train, baseline, subject.device, **options))
+            passes["train"] = train[LAYER]
+        seen = {name: operators(run, subject.device) for name, run in passes.items()}
+        launches = timing.launches(forward[LAYER]) if subject.device.type == "cuda" else None
+    return Times(tables[0], tables[1] if train else None, seen, launches, error)
+
+
+Layers = dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]]
+
+
+def _functions(subject: Subject, found: Behaviour) -> tuple[Layers, float | None]:
+    """name → (function of x, tensors whose gradients training computes)."""
+    parameters = [p for p in subject.layer.parameters() if p.requires_grad]
+    chosen: Layers = {LAYER: (subject, parameters)}
+    p = found.problem
+    if p is None:
+        return chosen, None
+    dtype, device = subject.x.dtype, subject.device
+    _, weight, bias = p.inputs(device, dtype, requires_grad=True)
+    for name, algorithm in ((CONV, "native"), (OFF, "native_no_library")):
+        function = ALGORITHMS[algorithm]
+        chosen[name] = (
+            lambda x, f=function: f(x, weight, bias, **p.kwargs),
+            [weight, bias],
+        )
+    error = None
+    if found.fit:
+        weights, fast = forms.fast_form(found.fit, p, subject.x)
+        error = _difference(subject, fast)
+        if found.fit.form != "plain" and error <= CLOSE:
+            chosen[FAST] = (fast, weights)
+    return chosen, error
+
+
+def _difference(subject: Subject, fast: Callable[[Tensor], Tensor]) -> float:
+    """Of the fast form from the layer itself, on the reader's own images."""
+    x = subject.x[:CHECKED_IMAGES]
+    with torch.no_grad():
+        try:
+            y = subject(x)
+        except ValueError:  # the layer takes only its own batch
+            x, y = subject.x, subject(subject.x)
+        top = y.abs().amax()
+        error = (fast(x) - y).abs().amax() / top
+    return float(error) if torch.isfinite(error) else float("inf")
+
+
+def _forward(function: Callable[[Tensor], Tensor], x: Tensor) -> timing.Function:
+    return torch.no_grad()(lambda: function(x))
+
+
+def _train(
+    function: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor, grad: Tensor
+) -> timing.Function:
+    x = x.clone().requires_grad_()
+    wanted = [x, *parameters]
+    return lambda: torch.autograd.grad(function(x), wanted, grad, allow_unused=True)
