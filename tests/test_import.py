@@ -18,6 +18,7 @@ LAYERS = [
     "problems",
     "counts",
     "cost",
+    "guide",
     "machine",
     "timing",
     "pitfalls",
@@ -37,6 +38,7 @@ LAYERS = [
     "plots",
     "pictures",
     "notebook",
+    "diagnosing",
     "__main__",
 ]
 SLOW_TO_IMPORT = [

@@ -77,8 +77,8 @@ def few_threads(facts: Facts) -> Cause | None:
     return Cause(
         "fewer CPU threads than cores",
         f"PyTorch uses {facts.threads} of {facts.cores} cores",
-        f"torch.set_num_threads({facts.cores})",
-        gain=facts.cores / facts.threads,
+        f"torch.set_num_threads({facts.cores}): at most {facts.cores / facts.threads:.3g} times "
+        "faster",
         rank=(CIRCUMSTANCE, 0.0),
     )
 

@@ -20,7 +20,7 @@ from convlab.diagnosing.subject import Subject, usable
 from convlab.diagnosing.watch import Watched, watch
 from convlab.guide import GUIDE, Branch
 from convlab.problem import ConvProblem
-from convlab.timing import once
+from convlab.timing import once, ratio_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,16 +106,21 @@ class Diagnosis:
     def gains(self) -> tuple[Gain, ...]:
         """What there is to win, by pass: measured where the fast form was, else a bound."""
         found = []
-        for name, table in (("forward", self.times.forward), ("training", self.times.train)):
+        tables = {"forward": self.times.forward, "train": self.times.train}
+        for key, name in (("forward", "forward"), ("train", "training")):
+            table = tables[key]
             if table is None or CONV not in table.index:
                 continue
             fast = FAST if FAST in table.index else CONV
             equal = self.behaviour.fit and self.behaviour.fit.form == "plain"
-            checked = self.times.fast_error is not None and self.times.fast_error <= CLOSE
+            # With unusable parameters the layer was compared in float64 with others in their place.
+            checked = self.behaviour.redrawn or (self.times.fast_error or 0.0) <= CLOSE
             measured = fast == FAST or (equal and checked and self.kind.branch == "plain")
-            row, scale = table.loc[LAYER], table.loc[fast, "ratio"]
-            ratios = (row[key] / scale for key in ("ratio", "ratio_low", "ratio_high"))
-            found.append(Gain(name, "measured" if measured else "at most", *ratios))
+            samples = self.times.samples[key]
+            slow, quick = samples[LAYER], samples[fast]
+            interval = ratio_interval(slow.samples, quick.samples)
+            how = "measured" if measured else "at most"
+            found.append(Gain(name, how, slow.median / quick.median, *interval))
         return tuple(found)
 
     def __str__(self) -> str:
@@ -171,6 +176,7 @@ def diagnose(
     progress("finding out what the layer computes")
     found = behaviour(subject)
     branch = _kind(subject, found, watched)
+    found.redrawn = any(not usable(p) for p in subject.watched.parameters())
     progress("timing it beside nn.Conv2d")
     measured = times(subject, found, quick, later)
     facts = _facts(subject, found, watched, later)

@@ -34,16 +34,13 @@ def printing_or_waiting(facts: Facts) -> Cause | None:
         f"{what} {count}×" + (f" at {where} `{where.text}`" if where else "")
         for (what, where), count in counts.most_common(4)
     )
-    where = (
-        "The host waits for the GPU at each"
-        if facts.device != "cpu"
-        else (
-            "On this CPU they cost little more than their arithmetic; on a GPU the host waits at each"
-        )
-    )
+    if facts.device == "cpu":
+        where = "On the CPU they cost little but their own work; on a GPU the host waits at each"
+    else:
+        where = "The host waits for the GPU at each"
     return Cause(
         "printing or synchronising in forward",
-        f"per call of forward: {seen}; {seconds(taken)} without the terminal. {where}.",
+        f"per call of forward: {seen}; {seconds(taken)} without the terminal. {where}",
         "take it out of forward first: every other time contains it. Log from outside, every "
         "hundredth step, and keep decisions on the device (torch.where, clamp)",
         taken,

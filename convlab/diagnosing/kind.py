@@ -136,7 +136,9 @@ def _by_gradient(probe: Probe, found: Behaviour) -> Kind | None:
     used = (first != 0).sum(1)
     patch = p.taps if p.groups > 1 else p.kernel_size[0] * p.kernel_size[1] * p.in_channels
     if (used <= 1).all() and used.any() and patch > 1:
-        return Kind("elementwise", True, "each output value is a function of one value of its patch")
+        return Kind(
+            "elementwise", True, "each output value is a function of one value of its patch"
+        )
     norms = first.norm(dim=1), second.norm(dim=1)
     both = (norms[0] > 0) & (norms[1] > 0)
     if both.any():
@@ -150,7 +152,9 @@ def _by_gradient(probe: Probe, found: Behaviour) -> Kind | None:
     if (used < 0.9 * patch).all() and used.any() and moving:
         share = float(used.double().mean() / patch)
         return Kind(
-            "patch", False, f"an output value uses {share:.0%} of its patch, which part depends on x"
+            "patch",
+            False,
+            f"an output value uses {share:.0%} of its patch, which part depends on x",
         )
     return None
 
@@ -187,9 +191,7 @@ def _linear_around_the_middle(probe: Probe, p: ConvProblem) -> bool:
     out = [size // 2 for size in probe(x).shape[2:]]
     middle = [
         o * s - pads[0] + d * (k - 1) // 2
-        for o, s, pads, d, k in zip(
-            out, p.stride, p.pads, p.dilation, p.kernel_size, strict=True
-        )
+        for o, s, pads, d, k in zip(out, p.stride, p.pads, p.dilation, p.kernel_size, strict=True)
     ]
     if p.kernel_size == (1, 1):
         return False

@@ -35,6 +35,7 @@ class Times:
         forward, train: tables of `timing.compare`; train is None where there is no gradient.
         operators: "forward" and "train" → table of `stages.operators`.
         launches: kernel launches on CUDA in forward.
+        samples: "forward" and "train" → candidate → its samples, round by round.
         fast_error: largest difference of the fast form from the layer, over the largest value;
             None if there is no fast form.
     """
@@ -44,6 +45,7 @@ class Times:
     operators: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     launches: int | None = None
     fast_error: float | None = None
+    samples: Mapping[str, Mapping[str, timing.Measurement]] = field(default_factory=dict)
 
 
 def times(subject: Subject, found: Behaviour, quick: bool, seconds: float) -> Times:
@@ -53,19 +55,25 @@ def times(subject: Subject, found: Behaviour, quick: bool, seconds: float) -> Ti
         options = dict(QUICK_OPTIONS if quick else OPTIONS)
         if seconds > LONG_SECONDS:
             options["min_rounds"] = 3
-        baseline = CONV if CONV in functions else LAYER
-        forward = {name: _forward(f, subject.x) for name, (f, _) in functions.items()}
-        tables = [timing.compare(forward, baseline, subject.device, **options)]
-        passes = {"forward": forward[LAYER]}
-        train = {}
+        passes = {"forward": {n: _forward(f, subject.x) for n, (f, _) in functions.items()}}
         if subject.differentiable:
             grad = torch.randn_like(subject.y)
-            train = {n: _train(f, p, subject.x, grad) for n, (f, p) in functions.items()}
-            tables.append(timing.compare(train, baseline, subject.device, **options))
-            passes["train"] = train[LAYER]
-        seen = {name: operators(run, subject.device) for name, run in passes.items()}
-        launches = timing.launches(forward[LAYER]) if subject.device.type == "cuda" else None
-    return Times(tables[0], tables[1] if train else None, seen, launches, error)
+            passes["train"] = {
+                name: _train(f, wanted, subject.x, grad) for name, (f, wanted) in functions.items()
+            }
+        samples = {
+            name: timing.interleaved(candidates, subject.device, **options)
+            for name, candidates in passes.items()
+        }
+        seen = {
+            name: operators(candidates[LAYER], subject.device)
+            for name, candidates in passes.items()
+        }
+        cuda = subject.device.type == "cuda"
+        launches = timing.launches(passes["forward"][LAYER]) if cuda else None
+    baseline = CONV if CONV in functions else LAYER
+    tables = {name: timing.ratios(found, baseline) for name, found in samples.items()}
+    return Times(tables["forward"], tables.get("train"), seen, launches, error, samples)
 
 
 Layers = dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]]

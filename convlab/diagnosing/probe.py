@@ -12,8 +12,7 @@ import itertools
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from convlab.diagnosing import geometry
 from convlab.diagnosing.subject import Subject
@@ -50,6 +49,8 @@ class Behaviour:
     Attributes:
         facts: name of a test → its answer, in the order in which they were made.
         fit: the convolutions that compute the same, if they were found.
+        same_weight: the layer stores the weight of the fit.
+        redrawn: some parameter held no usable numbers and was replaced for the tests.
     """
 
     problem: ConvProblem | None = None

@@ -191,7 +191,7 @@ class _Recorder(TorchDispatchMode):
             mark=mark,
             copied=copied,
             where=place,
-            recomputed=not forward and (again or name == "im2col" and mark == "columns"),
+            recomputed=not forward and (again or (name == "im2col" and mark == "columns")),
             groups=args[8] if name == "convolution" and len(args) > 8 else 1,
         )
         self.found.ops.append(op)
