@@ -70,7 +70,8 @@ GUIDE = {
     "places": Branch(
         "different weights per place or per sample",
         "linear in the patch, with weights that differ between pixels or between images",
-        "a batched product over the places, or a grouped F.conv2d with the images as groups",
+        "per image: a grouped F.conv2d with the images as groups, or bmm; per place: add up the k² "
+        "taps, each a shifted x times that tap's weights, or one bmm over the places",
         "F.conv2d(x.flatten(0, 1)[None], weights.flatten(0, 1), groups=N)",
         "locally connected layers, involution, weights computed for each image",
     ),

@@ -60,7 +60,7 @@ def columns_materialised(facts: Facts) -> Cause | None:
     copied = sum(op.copied for op in ops)
     evidence = (
         f"columns of {size(count * facts.itemsize)}, {_times(count, facts.input_values)} the input,"
-        f" are written{places(made or ops, 2)}; {len(ops)} operators make, read or rewrite tensors"
+        f" are written{places((made or ops)[:1])}; {len(ops)} operators make, read or rewrite tensors"
         " of that size"
     )
     if copied:
@@ -143,12 +143,12 @@ def one_at_a_time(facts: Facts) -> Cause | None:
     counts = Counter(
         (op.where, op.name)
         for op in facts.watched.ops
-        if op.where and op.direction == "forward" and op.written
+        if op.where and op.direction == "forward" and (op.written or op.mark)
     )
     batch, channels = facts.input_shape[:2]
     p = facts.problem
     taps = p.kernel_size[0] * p.kernel_size[1] if p else 0
-    known = {batch: "image", taps: "tap", p.out_channels if p else 0: "output channel"}
+    known = {p.out_channels if p else 0: "output channel", taps: "tap", batch: "image"}
     for (where, name), count in counts.most_common():
         unit = known.get(count) or next(
             (word for n, word in known.items() if n > FEW and count % n == 0 and count // n <= 4),

@@ -7,6 +7,7 @@ and ends where a sum or a product makes it small again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
@@ -23,6 +24,11 @@ COPIES = {"clone", "copy_", "_to_copy", "copy", "contiguous"}
 GATHERS = {
     *("cat", "stack", "index", "index_select", "gather", "take", "repeat", "unfold_copy"),
     *("as_strided_copy", "expand_copy"),
+}
+FACTORIES = {
+    *("zeros", "ones", "full", "empty", "arange", "scalar_tensor", "new_zeros", "new_ones"),
+    *("new_full", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "empty_like"),
+    *("full_like", "rand", "randn", "rand_like", "randn_like"),
 }
 NOTABLE = 0.5  # a copy of half of x or y is one worth naming
 SEVERAL = 2.0  # times as large as what it was made from
@@ -49,10 +55,13 @@ def distinct(tensor: Tensor) -> int:
 
 def overlaps(tensor: Tensor) -> bool:
     """Whether a view shows values more than once, its windows overlapping."""
-    count = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride else 1
-    return count > SEVERAL * distinct(tensor)
+    return shown(tensor) > SEVERAL * distinct(tensor)
+
+
+def shown(tensor: Tensor) -> int:
+    """Values, those that an expanded axis repeats counted once."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, stride in pairs if stride or not size)
 
 
 class Lineage:
@@ -131,7 +140,7 @@ class Lineage:
             return "", False
         mark = self.marks.get(key(source), "")
         count = target.numel()
-        if count > SEVERAL * distinct(source) and count > 1.5 * max(self.large, self.largest):
+        if count > SEVERAL * shown(source) and count > 1.5 * max(self.large, self.largest):
             mark = BLOWN  # expanded, then copied
         if overlaps(source) and source.numel() > NOTABLE * self.small:
             mark = mark or COLUMNS
@@ -153,7 +162,9 @@ class Lineage:
     def _computed(self, name: str, inputs: Sequence[Tensor], new: Sequence[Tensor]) -> str:
         """Any other operator: its mark by what it reads and how much it writes."""
         written = max((t.numel() for t in new), default=0)
-        read = max((t.numel() for t in inputs), default=0)
+        read = max(map(shown, inputs), default=0)
+        if name in FACTORIES:
+            return ""
         if name in PRODUCTS:
             if written > SEVERAL * self.large and _selects(name, inputs):
                 return COLUMNS

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convlab.diagnosing.lineage import Lineage, tensors
+from convlab.diagnosing.lineage import Lineage, shown, tensors
 from convlab.diagnosing.subject import HERE, TORCH, Sink, Subject, describe
 from convlab.stages import stopwatch
 from convlab.timing import synchronize
@@ -186,7 +186,7 @@ class _Recorder(TorchDispatchMode):
             direction=self.direction,
             seconds=0.0,
             shape=() if largest is None else tuple(largest.shape),
-            read=sum(t.numel() for t in inputs),
+            read=sum(map(shown, inputs)),
             written=sum(new),
             mark=mark,
             copied=copied,
