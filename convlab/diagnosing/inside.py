@@ -60,8 +60,8 @@ def columns_materialised(facts: Facts) -> Cause | None:
     copied = sum(op.copied for op in ops)
     evidence = (
         f"columns of {size(count * facts.itemsize)}, {_times(count, facts.input_values)} the input,"
-        f" are written{places((made or ops)[:1])}; {len(ops)} operators make, read or rewrite tensors"
-        " of that size"
+        f" are written{places((made or ops)[:1])}; {len(ops)} operators make, read or rewrite "
+        "tensors of that size"
     )
     if copied:
         evidence += f", {copied} of them only to copy the columns"

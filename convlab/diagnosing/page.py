@@ -102,7 +102,7 @@ def _figures(d: Diagnosis) -> dict[str, dict[str, Figure]]:
     found = {"Beside nn.Conv2d" if d.problem else "Time": beside}
     causes = {cause.name: cause.share for cause in d.causes if cause.seconds}
     if causes:
-        text = "Share of the time of all operators that each cause explains (they may overlap)"
+        text = "Share of the operators' time by cause (causes may overlap)"
         found["Known causes, the most important first"] = {
             "Share of each cause": figures.shares(causes, text, note)
         }

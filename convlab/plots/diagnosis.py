@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,7 @@ def beside(table: pd.DataFrame, title: str, note: str) -> Figure:
 
 def shares(parts: Mapping[str, float], title: str, note: str) -> Figure:
     """Horizontal bars: label → share of the time, 0 … 1."""
-    labels = [textwrap.shorten(label, LABEL, placeholder=" …") for label in parts]
+    labels = [text if len(text) <= LABEL else f"{text[: LABEL - 2]} …" for text in parts]
     return _bars(labels, list(parts.values()), [f"{v:.0%}" for v in parts.values()], title, note)
 
 
