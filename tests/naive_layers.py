@@ -226,3 +226,8 @@ class LocallyConnected(nn.Module):
     def forward(self, x):
         y = torch.einsum("ncl,kcl->nkl", F.unfold(x, 3, padding=1), self.weight)
         return y.unflatten(2, x.shape[2:])
+
+
+class Median(Custom):
+    def forward(self, x):
+        return self.windows(x).flatten(4).median(4).values

@@ -14,7 +14,7 @@ from convlab import machine, notebook
 from convlab.diagnosing import around, inside  # noqa: F401  (their detectors register themselves)
 from convlab.diagnosing.causes import Cause, Facts, find
 from convlab.diagnosing.kind import Kind, kind
-from convlab.diagnosing.measure import CLOSE, CONV, FAST, LAYER, Times, times
+from convlab.diagnosing.measure import CONV, FAST, LAYER, Times, close, times
 from convlab.diagnosing.probe import Behaviour, Probe, behaviour
 from convlab.diagnosing.subject import Subject, usable
 from convlab.diagnosing.watch import Watched, watch
@@ -106,6 +106,7 @@ class Diagnosis:
     def gains(self) -> tuple[Gain, ...]:
         """What there is to win, by pass: measured where the fast form was, else a bound."""
         found = []
+        error = self.times.fast_error or 0.0
         tables = {"forward": self.times.forward, "train": self.times.train}
         for key, name in (("forward", "forward"), ("train", "training")):
             table = tables[key]
@@ -114,7 +115,7 @@ class Diagnosis:
             fast = FAST if FAST in table.index else CONV
             equal = self.behaviour.fit and self.behaviour.fit.form == "plain"
             # With unusable parameters the layer was compared in float64 with others in their place.
-            checked = self.behaviour.redrawn or (self.times.fast_error or 0.0) <= CLOSE
+            checked = self.behaviour.redrawn or error <= close(self.dtype, self.device)
             measured = fast == FAST or (equal and checked and self.kind.branch == "plain")
             samples = self.times.samples[key]
             slow, quick = samples[LAYER], samples[fast]
@@ -172,7 +173,7 @@ def diagnose(
     subject = Subject(layer, x)
     later = _later(subject)
     progress("watching the operators of one call")
-    watched = watch(subject)
+    watched = _watch(subject)
     progress("finding out what the layer computes")
     found = behaviour(subject)
     branch = _kind(subject, found, watched)
@@ -203,10 +204,21 @@ def _later(subject: Subject) -> float:
         return once(lambda: subject(subject.x), subject.device)
 
 
+def _watch(subject: Subject) -> Watched:
+    """Nothing seen, with the error, where the layer does not work while it is watched."""
+    try:
+        return watch(subject)
+    except (ValueError, RuntimeError) as error:
+        return Watched(error=f"the operators could not be watched: {error}")
+
+
 def _kind(subject: Subject, found: Behaviour, watched: Watched) -> Kind:
     if not found.facts:  # it could not be called as the tests need it
         return Kind("", False, found.unknown)
-    return kind(Probe(subject), found, watched, len(subject.x))
+    try:
+        return kind(Probe(subject), found, watched, len(subject.x))
+    except (ValueError, RuntimeError) as error:  # fails on some random images only
+        return Kind("", False, f"a test could not be made: {error}")
 
 
 def _facts(subject: Subject, found: Behaviour, watched: Watched, later: float) -> Facts:
@@ -237,7 +249,7 @@ def _notes(subject: Subject, found: Behaviour, watched: Watched, measured: Times
     unusable = [n for n, p in subject.watched.named_parameters() if not usable(p)]
     if unusable:
         notes.append(
-            f"{', '.join(unusable)} holds no usable numbers (NaN, infinite, huge or all zero): "
+            f"{', '.join(unusable)} holds no usable numbers (NaN, infinite, huge, or all zero): "
             "uninitialised memory (torch.empty)? What the layer computes was found out with random "
             "values instead"
         )
@@ -254,10 +266,11 @@ def _notes(subject: Subject, found: Behaviour, watched: Watched, measured: Times
             "code before compilation"
         )
     if watched.error:
-        notes.append(f"the backward pass failed: {watched.error}")
-    if measured.fast_error is not None and measured.fast_error > CLOSE and not unusable:
+        notes.append(watched.error)
+    error = measured.fast_error
+    if error is not None and error > close(subject.x.dtype, subject.device) and not unusable:
         notes.append(
-            f"the fitted convolutions differ from the layer by {measured.fast_error:.0e} in "
+            f"the fitted convolutions differ from the layer by {error:.0e} in "
             f"{subject.x.dtype}: they are not timed"
         )
     return notes

@@ -42,7 +42,8 @@ def fit(probe: Probe, p: ConvProblem, form: str) -> Fit | None:
     pixels = y.shape[2] * y.shape[3]
     count = math.ceil(ROWS * unknowns / pixels) + CHECKED
     x = probe.random(count + count % 2)
-    y = probe.images(x)
+    x[:CHECKED] *= -2  # other sizes and signs than those that are fitted
+    y = torch.cat([probe.images(x[:CHECKED]), probe.images(x[CHECKED:])])
     if not torch.isfinite(y).all():
         return None
     sign = -1.0 if form == "distance" and y.mean() < 0 else 1.0

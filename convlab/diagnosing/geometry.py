@@ -39,7 +39,7 @@ def infer(
     """
     declared = _declared(layer, shape, full)
     axes = [_axis(images, x, axis) for axis in (2, 3)]
-    if any(axis is None for axis in axes):
+    if None in axes:
         if declared:
             return declared
         raise Unknown("an output pixel depends on the whole image")
@@ -98,7 +98,10 @@ def _axis(images: Images, x: Tensor, axis: int) -> tuple[int, int, int, int] | N
     outputs = answers.shape[1]
     if size > 1 and (not pairs or (outputs > 2 and answers.all())):
         return None
-    return _fit(pairs, size, outputs)
+    found = _fit(pairs, size, outputs)
+    if found is None:
+        raise Unknown("no kernel, stride and padding lead to the output pixels that a pixel moves")
+    return found
 
 
 def _fit(pairs: Iterable[tuple[int, int]], size: int, outputs: int) -> tuple | None:
@@ -115,7 +118,7 @@ def _fit(pairs: Iterable[tuple[int, int]], size: int, outputs: int) -> tuple | N
             (size + padding + after - reach) // stride + 1 == outputs
             for after in {padding, max(reach - 1 - padding, 0)}
         )
-        if fits and (best is None or kernel < best[0]):
+        if fits and padding <= reach and (best is None or kernel < best[0]):
             best = kernel, stride, padding, dilation
     return best
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from convlab.diagnosing import forms
-from convlab.diagnosing.probe import Behaviour, Probe
+from convlab.diagnosing.probe import EXACT, Behaviour, Probe
 from convlab.diagnosing.watch import Watched
 from convlab.problem import ConvProblem
 
 VALUES = 6  # of one pixel, to see the function that is applied to it
 OUTPUTS = 8  # output values whose gradients are looked at
-DEGREE = 4
+DRAWS = 6
+LARGE = 1e4
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ def kind(probe: Probe, found: Behaviour, watched: Watched, images: int) -> Kind:
         op.name == "convolution" and images > 1 and op.groups > 1 and op.groups % images == 0
         for op in watched.ops
     ) and (p is None or p.groups == 1)
-    if not facts.get("each image on its own", True):
-        return Kind("places", False, "the images of a batch do not get the same treatment")
+    if not facts["each image on its own"]:
+        return Kind("", False, found.unknown)
+    if not facts["the same at every place of the batch"]:
+        return Kind("places", True, f"{found.unknown}: its own weights")
     if facts.get("linear in x"):
         return _linear(probe, found)
     if p is None:
@@ -66,12 +69,13 @@ def _linear(probe: Probe, found: Behaviour) -> Kind:
         return Kind("places", True, why)
     found.fit = forms.fit(probe, p, "plain")
     if found.fit is None:
-        return Kind("plain", False, "linear in x and the same at every place")
+        why = "linear in x and the same at every place, but no zero padding explains its edges"
+        return Kind("plain", False, why)
     found.same_weight = _is_a_parameter(probe, found.fit.weight)
     error = f"to {found.fit.error:.0e} of its largest value"
     if found.same_weight:
         return Kind("plain", True, f"nn.Conv2d with the same weight computes the same, {error}")
-    why = f"nn.Conv2d computes the same, {error}, with a weight that is computed from parameters"
+    why = f"nn.Conv2d computes the same, {error}, with a weight that it does not store as such"
     return Kind("weight", True, why)
 
 
@@ -130,33 +134,66 @@ def _one_function(probe: Probe) -> bool:
 def _by_gradient(probe: Probe, found: Behaviour) -> Kind | None:
     """What the derivatives of single output values look like: one value, some, or parallel."""
     p = found.problem
-    first, second = (_gradients(probe, probe.random()[:1]) for _ in range(2))
-    if first is None or second is None or not torch.isfinite(first).all():
+    draws = [_gradients(probe, probe.random()[:1]) for _ in range(DRAWS)]
+    if any(draw is None or not torch.isfinite(draw).all() for draw in draws):
         return None
-    used = (first != 0).sum(1)
+    gradients = torch.stack(draws)  # (draws, outputs, values of x)
+    used = (gradients != 0).sum(2)
     patch = p.taps if p.groups > 1 else p.kernel_size[0] * p.kernel_size[1] * p.in_channels
     if (used <= 1).all() and used.any() and patch > 1:
-        return Kind(
-            "elementwise", True, "each output value is a function of one value of its patch"
-        )
-    norms = first.norm(dim=1), second.norm(dim=1)
-    both = (norms[0] > 0) & (norms[1] > 0)
-    if both.any():
-        cosine = (first * second).sum(1)[both] / (norms[0] * norms[1])[both]
-        if ((cosine.abs() - 1).abs() < 1e-6).all():
-            return Kind("expands", True, "an elementwise function of one convolution of x")
+        if _follows_the_largest(probe, p):
+            return Kind("elementwise", True, "a maximum or minimum over the patch of f(x, w)")
+        return Kind("patch", False, "each output value is one value of its patch, by its rank")
+    if _parallel(gradients):
+        why = "its derivatives point where those of one convolution do: a function of that"
+        return Kind("expands", False, why)
     if _linear_around_the_middle(probe, p):
         why = "linear in the neighbours of a pixel, with weights that the pixel itself decides"
         return Kind("places", True, why)
-    moving = ((first != 0) != (second != 0)).any()
+    moving = ((gradients[0] != 0) != (gradients[1] != 0)).any()
     if (used < 0.9 * patch).all() and used.any() and moving:
         share = float(used.double().mean() / patch)
-        return Kind(
-            "patch",
-            False,
-            f"an output value uses {share:.0%} of its patch, which part depends on x",
-        )
+        why = f"an output value uses {share:.0%} of its patch, which part depends on x"
+        return Kind("patch", False, why)
     return None
+
+
+def _parallel(gradients: Tensor) -> bool:
+    """Whether those of each output that are not zero have one direction, at least two of one."""
+    seen = 0
+    for draws in gradients.transpose(0, 1):
+        lengths = draws.norm(dim=1)
+        there = draws[lengths > 0] / lengths[lengths > 0, None]
+        seen += max(len(there) - 1, 0)
+        if len(there) and not ((there @ there[0]).abs() > 1 - EXACT).all():
+            return False
+    return seen > 0
+
+
+def _follows_the_largest(probe: Probe, p: ConvProblem) -> bool:
+    """Any pixel of the patch, made large enough, decides the output: a maximum (or a minimum)."""
+    x = probe.random()[:1]
+    rows, columns = _patch(probe, p, x)
+    for push in (LARGE, -LARGE):
+        changed = []
+        for row, column in ((rows[0], columns[0]), (rows[-1], columns[-1])):
+            image = x[0].clone()
+            image[:, row, column] += push
+            changed.append(image)
+        y = probe.images(torch.stack([x[0], *changed]))
+        middle = y[:, :, y.shape[2] // 2, y.shape[3] // 2]
+        if ((middle[1:] - middle[:1]).abs() > LARGE / 2).all():
+            return True
+    return False
+
+
+def _patch(probe: Probe, p: ConvProblem, x: Tensor) -> list[list[int]]:
+    """Rows and columns of x that the output pixel in the middle reads."""
+    size = probe.images(x).shape[2:]
+    return [
+        [o // 2 * s - pads[0] + d * tap for tap in range(k)]
+        for o, s, pads, d, k in zip(size, p.stride, p.pads, p.dilation, p.kernel_size, strict=True)
+    ]
 
 
 def _gradients(probe: Probe, x: Tensor) -> Tensor | None:
@@ -187,17 +224,15 @@ def _guess(probe: Probe, found: Behaviour) -> Kind:
 
 
 def _linear_around_the_middle(probe: Probe, p: ConvProblem) -> bool:
-    x, a, b = probe.random(), probe.random(), probe.random()
-    out = [size // 2 for size in probe(x).shape[2:]]
-    middle = [
-        o * s - pads[0] + d * (k - 1) // 2
-        for o, s, pads, d, k in zip(out, p.stride, p.pads, p.dilation, p.kernel_size, strict=True)
-    ]
+    """Second differences vanish for changes that leave the pixel in the middle as it is."""
     if p.kernel_size == (1, 1):
         return False
+    x, a, b = probe.random(), probe.random(), probe.random()
+    rows, columns = _patch(probe, p, x[:1])
+    middle = rows[len(rows) // 2], columns[len(columns) // 2]
     for change in (a, b):
         change[:, :, middle[0], middle[1]] = 0
-    values = [probe(v)[:, :, out[0], out[1]] for v in (x, x + a, x + b, x + a + b)]
-    y, ya, yb, yab = values
-    same = probe.equal(yab + y, ya + yb, scale=torch.stack(values))
+    values = [probe(v) for v in (x, x + a, x + b, x + a + b)]
+    y, ya, yb, yab = (v[:, :, v.shape[2] // 2, v.shape[3] // 2] for v in values)
+    same = probe.equal(yab + y, ya + yb, scale=torch.stack([y, ya, yb, yab]))
     return same and not probe.equal(ya, y)

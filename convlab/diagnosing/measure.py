@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 LAYER, CONV, OFF, FAST = "this layer", "nn.Conv2d", "nn.Conv2d, library off", "fast form"
 CHECKED_IMAGES = 4
-CLOSE = 1e-3  # relative to the largest value: the layer and its fast form, both in x's dtype
 OPTIONS = {"seconds": 3.0, "min_rounds": 5}
 QUICK_OPTIONS = {"seconds": 0.4, "min_rounds": 3}
 LONG_SECONDS = 5.0  # three rounds of such a pass are enough
@@ -98,9 +97,18 @@ def _functions(subject: Subject, found: Behaviour) -> tuple[Layers, float | None
     if found.fit:
         weights, fast = forms.fast_form(found.fit, p, subject.x)
         error = _difference(subject, fast)
-        if found.fit.form != "plain" and error <= CLOSE:
+        if found.fit.form != "plain" and error <= close(dtype, device):
             chosen[FAST] = (fast, weights)
     return chosen, error
+
+
+def close(dtype: torch.dtype, device: torch.device | str) -> float:
+    """Allowed difference of the fast form, over the largest value: both round in `dtype`."""
+    if dtype == torch.float64:
+        return 1e-8
+    if dtype == torch.float32:
+        return 1e-3 if torch.device(device).type == "cpu" else 5e-3  # TF32
+    return 5e-2
 
 
 def _difference(subject: Subject, fast: Callable[[Tensor], Tensor]) -> float:

@@ -137,25 +137,27 @@ def behaviour(subject: Subject) -> Behaviour:
     if y.dim() != 4:
         found.unknown = f"the output has shape {tuple(y.shape)}, not (N, K, OH, OW)"
         return found
+    if not y.is_floating_point() or not torch.isfinite(y).all():
+        held = "NaN or infinite values" if y.is_floating_point() else f"values of {y.dtype}"
+        found.unknown = f"the output holds {held}"
+        return found
     if not found.deterministic:
         found.unknown = "its output changes from call to call (dropout in train mode?)"
         return found
-    alone = _alone(probe, x, y)
+    others = torch.cat([x[:1], probe.random()[1:]])
+    alone = probe.equal(probe(others)[:1], y[:1])
     found.facts["each image on its own"] = alone
-    if alone:
-        found.problem, found.unknown = _sizes(probe)
-    else:
+    found.facts["the same at every place of the batch"] = probe.equal(probe(x.flip(0)), y.flip(0))
+    if not alone:
         found.unknown = "the images of a batch are mixed (BatchNorm in train mode?)"
+    elif not found.facts["the same at every place of the batch"]:
+        found.unknown = "each place of the batch has a computation of its own"
+    else:
+        found.problem, found.unknown = _sizes(probe)
     found.facts["linear in x"] = _linear(probe)
     if found.problem:
         found.facts["the same at every place"] = _equivariant(probe, found.problem)
     return found
-
-
-def _alone(probe: Probe, x: Tensor, y: Tensor) -> bool:
-    """Other images in other places of the batch do not matter to an image."""
-    others = torch.cat([x[:1], probe.random()[1:]])
-    return probe.equal(probe(others)[:1], y[:1]) and probe.equal(probe(x.flip(0)), y.flip(0))
 
 
 def _sizes(probe: Probe) -> tuple[ConvProblem | None, str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -76,7 +78,7 @@ class Subject:
             self.first_seconds = time.perf_counter() - start
         if not isinstance(y, Tensor):
             raise ValueError(f"layer must return one tensor, {self.name} returned {_kind(y)}")
-        if y.device != self.device and y.device.type != self.device.type:
+        if y.device != self.x.device:
             raise ValueError(
                 f"layer must leave its output on x's device, {self.name} moved it from "
                 f"{self.device} to {y.device}"
@@ -115,7 +117,7 @@ class Subject:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             try:
-                with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+                with _logging_to(sink), redirect_stdout(sink), redirect_stderr(sink):
                     yield sink
             finally:
                 with torch.no_grad():
@@ -128,8 +130,8 @@ class Subject:
     def in_float64(self) -> tuple[nn.Module, torch.dtype]:
         """A copy of the layer for experiments, in float64 if it works so, and its dtype.
 
-        A parameter that holds no usable numbers (NaN, infinite, beyond 10⁴, all zero) is drawn
-        anew.
+        A parameter that holds no usable numbers (NaN, infinite, beyond 10⁴, a weight of zeros) is
+        drawn anew.
         """
         try:
             layer = copy.deepcopy(self.watched)
@@ -153,10 +155,33 @@ class Subject:
         return layer, self.x.dtype
 
 
+@contextlib.contextmanager
+def _logging_to(sink: Sink) -> Iterator[None]:
+    """Handlers that hold on to stdout or stderr write to `sink` inside the block."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    streams = (sys.stdout, sys.stderr)
+    changed = {
+        handler: handler.stream
+        for logger in loggers
+        for handler in getattr(logger, "handlers", ())
+        if isinstance(handler, logging.StreamHandler) and handler.stream in streams
+    }
+    for handler in changed:
+        handler.setStream(sink)
+    try:
+        yield
+    finally:
+        for handler, stream in changed.items():
+            handler.setStream(stream)
+
+
 def usable(parameter: Tensor) -> bool:
     """Whether the numbers can be those of a layer, and are not what memory happened to hold."""
-    top = parameter.detach().abs().max() if parameter.numel() else torch.ones(())
-    return bool(torch.isfinite(top) and 1e-20 < top < 1e4)
+    if not parameter.numel():
+        return True
+    top = parameter.detach().abs().max()
+    zero = top == 0 and parameter.dim() < 2  # a bias may be zero
+    return bool(zero or (torch.isfinite(top) and 1e-20 < top < 1e4))
 
 
 def describe(error: BaseException) -> str:

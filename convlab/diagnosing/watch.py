@@ -145,7 +145,7 @@ def _one_pass(subject: Subject, sink: Sink) -> Watched:
                 pairs = zip(named, grads[1:], strict=True)
                 found.unused = tuple(name for name, grad in pairs if grad is None)
             except Exception as error:
-                found.error = describe(error)
+                found.error = f"the backward pass failed: {describe(error)}"
     synchronize(subject.device)
     recorder.finish()
     found.columns = lineage.largest
