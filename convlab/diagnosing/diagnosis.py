@@ -260,6 +260,10 @@ def _notes(subject: Subject, found: Behaviour, watched: Watched, measured: Times
         )
     if found.unknown and found.problem is None:
         notes.append(f"no nn.Conv2d to compare with: {found.unknown}")
+    if subject.obstacle:
+        notes.append(
+            f"only inference was diagnosed; with an x that requires a gradient, {subject.obstacle}"
+        )
     if subject.compiled:
         notes.append(
             "the layer is compiled: times are of the compiled form, operators and lines of the "

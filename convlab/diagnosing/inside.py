@@ -21,6 +21,7 @@ from convlab.timing import seconds, size
 
 FEW = 4  # iterations that are not worth a word
 NOTABLE_SHARE = 0.01
+BELOW = 0.99  # ranks right behind
 
 
 @detector
@@ -107,12 +108,17 @@ def fold_with_kernel_1(facts: Facts) -> Cause | None:
 
 @detector
 def hidden_copies(facts: Facts) -> Cause | None:
-    # A copy of the columns counts in both causes: without columns there is nothing to copy.
+    # A copy of the columns counts in both causes: without columns there is nothing to copy, so it
+    # does not put this one before them.
     ops = [op for op in facts.watched.ops if op.copied and op.mark in (COPY, COLUMNS)]
     taken = explained(facts, ops)
     if not ops or -taken["rank"][1] < NOTABLE_SHARE * model_seconds(facts):
         return None
     largest = max(ops, key=lambda op: op.written)
+    columns = explained(facts, _marked(facts, COLUMNS))["rank"][1]
+    others = explained(facts, _marked(facts, COPY))["rank"][1]
+    if any(op.mark == COLUMNS for op in ops):
+        taken["rank"] = (WORK, min(others, max(taken["rank"][1], BELOW * columns)))
     also = " (also counted as columns)" if any(op.mark == COLUMNS for op in ops) else ""
     return Cause(
         "hidden copies",

@@ -179,7 +179,8 @@ class Lineage:
                     return COPY  # a weight, repeated for every image or place
                 return BLOWN if BLOWN in marks else COLUMNS
             return next((m for m in (BLOWN, COLUMNS) if m in marks), "")
-        if written > read and written > 1.5 * max(self.large, self.largest):
+        several = len(inputs) > 1 or any(t.numel() > shown(t) for t in inputs)
+        if several and written > read and written > 1.5 * max(self.large, self.largest):
             return BLOWN  # broadcast both ways: larger than either operand
         return next((m for m in (BLOWN, COLUMNS) if m in marks), "")
 

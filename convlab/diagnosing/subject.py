@@ -88,13 +88,18 @@ class Subject:
                 f"layer must not change its input, {self.name} wrote to x in place: every further "
                 "call would see another x"
             )
+        self.obstacle = ""  # to a call that records gradients
         self.differentiable = self._has_gradient()
         return y.detach()
 
     def _has_gradient(self) -> bool:
         """Whether the output requires a gradient when x does."""
         with self.quiet(), torch.enable_grad():
-            return self(self.x.clone().requires_grad_()).requires_grad
+            try:
+                return self(self.x.clone().requires_grad_()).requires_grad
+            except ValueError as error:  # it works on an x without gradient
+                self.obstacle = str(error)
+                return False
 
     def __call__(self, x: Tensor, layer: nn.Module | None = None) -> Tensor:
         """layer(x); ValueError, in one sentence with the line, if it fails."""

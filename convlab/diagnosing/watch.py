@@ -130,9 +130,10 @@ def _one_pass(subject: Subject, sink: Sink) -> Watched:
     found = Watched()
     lineage = Lineage(subject.x, subject.y)
     recorder = _Recorder(found, lineage, subject)
-    x = subject.x.clone().requires_grad_()
+    recording = not subject.obstacle
+    x = subject.x.clone().requires_grad_(recording)
     lineage.from_x.add(x.untyped_storage()._cdata)
-    with torch.enable_grad():
+    with torch.set_grad_enabled(recording):
         with _printing(found, recorder, sink), _Waits(found, recorder), recorder:
             y = _call(subject, x)
         named = {n: p for n, p in subject.watched.named_parameters() if p.requires_grad}
