@@ -36,6 +36,8 @@ class Kind:
 def kind(probe: Probe, found: Behaviour, watched: Watched, images: int) -> Kind:
     """The branch, from what `behaviour` found and further tests; adds the fit to `found`."""
     facts, p = found.facts, found.problem
+    if not facts:
+        return Kind("", False, found.unknown)
     per_sample = any(
         op.name == "convolution" and images > 1 and op.groups > 1 and op.groups % images == 0
         for op in watched.ops
@@ -46,10 +48,10 @@ def kind(probe: Probe, found: Behaviour, watched: Watched, images: int) -> Kind:
         return Kind("places", True, f"{found.unknown}: its own weights")
     if facts.get("linear in x"):
         return _linear(probe, found)
-    if p is None:
+    if not found.local:
         if per_sample:
             return Kind("places", False, "a grouped convolution has the images as its groups")
-        return Kind("", False, found.unknown)
+        return Kind("", False, found.unknown or "an output pixel depends on the whole image")
     if not facts.get("the same at every place", True):
         return Kind("places", False, "not linear in x, and moving x does not simply move y")
     for form in ("squares", "distance", "cosine", "local"):
@@ -62,8 +64,8 @@ def kind(probe: Probe, found: Behaviour, watched: Watched, images: int) -> Kind:
 
 def _linear(probe: Probe, found: Behaviour) -> Kind:
     p = found.problem
-    if p is None:
-        return Kind("", False, f"linear in x, but {found.unknown}")
+    if not found.local:
+        return Kind("", False, f"linear in x, but {found.unknown or 'it reads the whole image'}")
     if not found.facts.get("the same at every place", True):
         why = "linear in x, with weights that differ from place to place"
         return Kind("places", True, why)

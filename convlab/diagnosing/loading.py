@@ -85,16 +85,15 @@ def _module(place: str) -> ModuleType:
     path = path.resolve()
 
     def run() -> ModuleType:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        taken = path.stem in sys.modules and getattr(sys.modules[path.stem], "__file__", "")
+        name = path.stem if taken in (False, str(path)) else f"diagnosed_{path.stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
-        others = sys.modules.get(path.stem)
-        sys.modules[path.stem] = module  # dataclasses and pickle look it up there
+        sys.modules[name] = module  # dataclasses and pickle look it up there
         try:
             spec.loader.exec_module(module)
         except BaseException:
-            sys.modules.pop(path.stem)
-            if others is not None:
-                sys.modules[path.stem] = others
+            del sys.modules[name]
             raise
         return module
 

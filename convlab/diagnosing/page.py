@@ -7,10 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convlab.diagnosing.diagnosis import Diagnosis
+from convlab.diagnosing.findings import Findings
 from convlab.diagnosing.report import LINES, Section, sections, title
-from convlab.plots import diagnosis as figures
-from convlab.plots import image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,8 +24,10 @@ img { max-width: 100%; margin: .5em 0; display: block } small { color: #555 }
 """
 
 
-def body(d: Diagnosis) -> str:
+def body(d: Findings) -> str:
     """The report and its figures, without the frame of a page."""
+    from convlab.plots import image
+
     drawn = _figures(d)
     parts = [f"<h1>{html.escape(title(d))}</h1>"]
     for section in sections(d):
@@ -38,7 +38,7 @@ def body(d: Diagnosis) -> str:
     return "\n".join(parts)
 
 
-def save(d: Diagnosis, path: str | os.PathLike) -> None:
+def save(d: Findings, path: str | os.PathLike) -> None:
     """Write the page.
 
     Raises:
@@ -83,8 +83,10 @@ def _row(cells: tuple[str, ...], tag: str, numbers: int) -> str:
     return f"<tr>{text}</tr>"
 
 
-def _figures(d: Diagnosis) -> dict[str, dict[str, Figure]]:
+def _figures(d: Findings) -> dict[str, dict[str, Figure]]:
     """Section → what a figure shows → the figure."""
+    from convlab.plots import diagnosis as figures
+
     beside, note = {}, d.caption
     for name, table in (("Forward", d.times.forward), ("Training", d.times.train)):
         if table is not None:

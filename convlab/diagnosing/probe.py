@@ -47,6 +47,8 @@ class Behaviour:
     """What calls showed. A value is None where it could not be told.
 
     Attributes:
+        local: an output pixel depends on its patch alone, as large as `problem` says; else the
+            sizes are only declared by the layer's attributes and weight.
         facts: name of a test → its answer, in the order in which they were made.
         fit: the convolutions that compute the same, if they were found.
         same_weight: the layer stores the weight of the fit.
@@ -54,6 +56,7 @@ class Behaviour:
     """
 
     problem: ConvProblem | None = None
+    local: bool = False
     unknown: str = ""
     facts: dict[str, bool | str] = field(default_factory=dict)
     fit: Fit | None = None
@@ -153,27 +156,30 @@ def behaviour(subject: Subject) -> Behaviour:
     elif not found.facts["the same at every place of the batch"]:
         found.unknown = "each place of the batch has a computation of its own"
     else:
-        found.problem, found.unknown = _sizes(probe)
+        found.problem, found.local, found.unknown = _sizes(probe)
     found.facts["linear in x"] = _linear(probe)
-    if found.problem:
+    if found.local:
         found.facts["the same at every place"] = _equivariant(probe, found.problem)
     return found
 
 
-def _sizes(probe: Probe) -> tuple[ConvProblem | None, str]:
-    """The sizes by small images, else by whole ones, or why there are none."""
+def _sizes(probe: Probe) -> tuple[ConvProblem | None, bool, str]:
+    """The sizes by small images, else by whole ones, or why there are none; whether seen."""
     subject = probe.subject
     shapes = tuple(subject.y.shape), tuple(subject.x.shape)
     sides = dict.fromkeys((probe.side, shapes[1][2:]))
+    problem, reason = None, ""
     for probe.side in sides:
         try:
-            return geometry.infer(subject.watched, probe.images, probe.random()[:1], *shapes), ""
-        except geometry.Unknown as error:
+            image = probe.random()[:1]
+            problem, seen = geometry.infer(subject.watched, probe.images, image, *shapes)
+        except ValueError as error:
             reason = str(error)
-        except ValueError as error:  # the larger images fail
-            reason = str(error)
+            continue
+        if seen:
+            return problem, True, ""
     probe.side = next(iter(sides))
-    return None, reason
+    return problem, False, reason
 
 
 def _same_again(subject: Subject, x: Tensor, probe: Probe) -> bool:

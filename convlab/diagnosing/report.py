@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from convlab.diagnosing.diagnosis import Diagnosis, Gain
+from convlab.diagnosing.findings import Findings, Gain
 from convlab.diagnosing.measure import CONV, LAYER
 from convlab.timing import seconds, size
 
@@ -32,7 +32,7 @@ class Section:
     numbers: int = 0  # columns at the end that hold numbers
 
 
-def sections(d: Diagnosis) -> list[Section]:
+def sections(d: Findings) -> list[Section]:
     """All parts of the report, the answer first."""
     parts = [_answer(d), _causes(d), _compared(d), _lines(d), _operators(d), _branch(d)]
     if d.notes:
@@ -40,13 +40,13 @@ def sections(d: Diagnosis) -> list[Section]:
     return [part for part in parts if part.sentences or part.rows]
 
 
-def title(d: Diagnosis) -> str:
+def title(d: Findings) -> str:
     """Layer, input and type."""
     sizes = "×".join(map(str, d.shape))
     return f"{d.layer} on {sizes}, {str(d.dtype).removeprefix('torch.')}, {d.device}"
 
 
-def _answer(d: Diagnosis) -> Section:
+def _answer(d: Findings) -> Section:
     part = Section("In short")
     speed = [
         f"{name} takes {factor(table.loc[LAYER, 'ratio'])} the time of nn.Conv2d"
@@ -70,7 +70,7 @@ def _answer(d: Diagnosis) -> Section:
     return part
 
 
-def advice(d: Diagnosis) -> list[str]:
+def advice(d: Findings) -> list[str]:
     """What to try, in order, with what it can bring."""
     steps = []
     spoiling = [cause for cause in d.causes if cause.rank[0] == 0]
@@ -105,7 +105,7 @@ def factor(value: float) -> str:
     return f"{value:.1f}×" if value < 10 * ONE_DIGIT else f"{value:.0f}×"
 
 
-def _causes(d: Diagnosis) -> Section:
+def _causes(d: Findings) -> Section:
     part = Section("Known causes, the most important first")
     for cause in d.causes[:CAUSES]:
         time = f": {seconds(cause.seconds)}, {cause.share:.0%}" if cause.seconds else ""
@@ -124,7 +124,7 @@ def _causes(d: Diagnosis) -> Section:
     return part
 
 
-def _compared(d: Diagnosis) -> Section:
+def _compared(d: Findings) -> Section:
     part = Section("Beside nn.Conv2d" if d.problem else "Time", numbers=4)
     part.rows.append(("pass", "what", "median", "ratio", "95 %", "memory"))
     for name, table in (("forward", d.times.forward), ("training", d.times.train)):
@@ -144,14 +144,14 @@ def _compared(d: Diagnosis) -> Section:
     return part
 
 
-def _backward(d: Diagnosis) -> str:
+def _backward(d: Findings) -> str:
     if d.times.train is None:
         return "none, the output requires no gradient"
     whole = d.times.train.loc[LAYER, "median"]
     return seconds(max(whole - d.times.forward.loc[LAYER, "median"], 0.0))
 
 
-def _lines(d: Diagnosis) -> Section:
+def _lines(d: Findings) -> Section:
     part = Section("Forward, by line", numbers=3)
     part.rows.append(("line", "source", "operators", "time", "share"))
     for _, row in d.lines.head(LINES).iterrows():
@@ -160,7 +160,7 @@ def _lines(d: Diagnosis) -> Section:
     return part if len(part.rows) > 1 else Section("")
 
 
-def _operators(d: Diagnosis) -> Section:
+def _operators(d: Findings) -> Section:
     part = Section("By operator (torch.profiler, one call)", numbers=3)
     part.rows.append(("pass", "operator", "calls", "time", "share"))
     for name, frame in d.times.operators.items():
@@ -176,7 +176,7 @@ def costliest(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["self_seconds"] > 0].head(OPERATORS)
 
 
-def _branch(d: Diagnosis) -> Section:
+def _branch(d: Findings) -> Section:
     part = Section("Decision guide")
     tests = ", ".join(
         f"{name}: {'yes' if yes else 'no'}" for name, yes in d.behaviour.facts.items()
@@ -199,7 +199,7 @@ def _branch(d: Diagnosis) -> Section:
     return part
 
 
-def as_rich(d: Diagnosis) -> Group:
+def as_rich(d: Findings) -> Group:
     """The report for a terminal."""
     from rich.console import Group
     from rich.padding import Padding
@@ -225,7 +225,7 @@ def as_rich(d: Diagnosis) -> Group:
     return Group(*parts, Text(), Text(d.caption, style="dim"))
 
 
-def as_text(d: Diagnosis) -> str:
+def as_text(d: Findings) -> str:
     """The same without colour."""
     from rich.console import Console
 
