@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convlab
-from convlab import ThreadConv2d, diagnose
+from convlab import ThreadConv2d, diagnose, timing
 from convlab.diagnosing import measure
 from convlab.diagnosing.page import body
 from convlab.guide import GUIDE
@@ -300,3 +300,16 @@ def test_ctrl_c_in_the_layer_goes_through():
 
     with pytest.raises(KeyboardInterrupt):
         diagnose(Function(interrupted), images())
+
+
+def test_backward_is_the_difference_within_rounds():
+    def taken(*samples):
+        return {"this layer": timing.Measurement(samples, 1, None, "cpu", {}, "", 0.0)}
+
+    made = measure.Times(None, None, samples={"forward": taken(1.0, 5.0, 2.0)})
+    assert made.backward is None
+    assert made.scattered
+    made.samples = {"forward": taken(1.0, 5.0, 2.0), "train": taken(4.0, 9.0, 5.0)}
+    assert made.backward == 3.0
+    made.samples = {"forward": taken(1.0, 1.1, 1.2), "train": taken(2.0, 2.1, 2.2)}
+    assert not made.scattered

@@ -163,6 +163,8 @@ def _notes(subject: Subject, found: Behaviour, watched: Watched, measured: Times
         )
     if found.unknown and found.problem is None:
         notes.append(f"no nn.Conv2d to compare with: {found.unknown}")
+    if measured.scattered:
+        notes.append("the times scatter: something else was running; measure again when it is not")
     if subject.obstacle:
         notes.append(
             f"only inference was diagnosed; with an x that requires a gradient, {subject.obstacle}"

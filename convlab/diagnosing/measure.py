@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
 
 LAYER, CONV, OFF, FAST = "this layer", "nn.Conv2d", "nn.Conv2d, library off", "fast form"
 CHECKED_IMAGES = 4
-OPTIONS = {"seconds": 3.0, "min_rounds": 5}
-QUICK_OPTIONS = {"seconds": 0.4, "min_rounds": 3}
+OPTIONS = {"seconds": 6.0, "min_rounds": 5}
+QUICK_OPTIONS = {"seconds": 0.8, "min_rounds": 3}
 LONG_SECONDS = 5.0  # three rounds of such a pass are enough
+
+
+SCATTER = 0.5  # of the median, between the quartiles: more is a busy machine's
 
 
 @dataclass
@@ -46,11 +50,25 @@ class Times:
     fast_error: float | None = None
     samples: Mapping[str, Mapping[str, timing.Measurement]] = field(default_factory=dict)
 
+    @property
+    def backward(self) -> float | None:
+        """Seconds: training less forward, round by round, as a median; None without gradient."""
+        if "train" not in self.samples:
+            return None
+        both = (self.samples[name][LAYER].samples for name in ("train", "forward"))
+        return statistics.median(train - forward for train, forward in zip(*both, strict=True))
 
-def times(subject: Subject, found: Behaviour, quick: bool, seconds: float) -> Times:
+    @property
+    def scattered(self) -> bool:
+        """Whether the layer's times scatter as they do on a busy machine."""
+        own = [found[LAYER] for found in self.samples.values()]
+        return any(m.q75 - m.q25 > SCATTER * m.median for m in own)
+
+
+def times(subject: Subject, behaviour: Behaviour, quick: bool, seconds: float) -> Times:
     """Forward without and training with gradients; `seconds`: of one pass, roughly."""
     with subject.quiet():
-        functions, error = _functions(subject, found)
+        functions, error = _functions(subject, behaviour)
         options = dict(QUICK_OPTIONS if quick else OPTIONS)
         if seconds > LONG_SECONDS:
             options["min_rounds"] = 3
@@ -60,10 +78,10 @@ def times(subject: Subject, found: Behaviour, quick: bool, seconds: float) -> Ti
             passes["train"] = {
                 name: _train(f, wanted, subject.x, grad) for name, (f, wanted) in functions.items()
             }
-        samples = {
-            name: timing.interleaved(candidates, subject.device, **options)
-            for name, candidates in passes.items()
-        }
+        # All in the same rounds: backward is the difference of two passes.
+        candidates = {(p, name): f for p, named in passes.items() for name, f in named.items()}
+        found = timing.interleaved(candidates, subject.device, **options)
+        samples = {p: {name: found[p, name] for name in named} for p, named in passes.items()}
         seen = {
             name: operators(candidates[LAYER], subject.device)
             for name, candidates in passes.items()
@@ -71,7 +89,7 @@ def times(subject: Subject, found: Behaviour, quick: bool, seconds: float) -> Ti
         cuda = subject.device.type == "cuda"
         launches = timing.launches(passes["forward"][LAYER]) if cuda else None
     baseline = CONV if CONV in functions else LAYER
-    tables = {name: timing.ratios(found, baseline) for name, found in samples.items()}
+    tables = {name: timing.ratios(each, baseline) for name, each in samples.items()}
     return Times(tables["forward"], tables.get("train"), seen, launches, error, samples)
 
 

@@ -145,10 +145,11 @@ def _compared(d: Findings) -> Section:
 
 
 def _backward(d: Findings) -> str:
-    if d.times.train is None:
+    if d.times.backward is None:
         return "none, the output requires no gradient"
-    whole = d.times.train.loc[LAYER, "median"]
-    return seconds(max(whole - d.times.forward.loc[LAYER, "median"], 0.0))
+    if d.times.backward <= 0:
+        return "not to be told, the times scatter too much"
+    return seconds(d.times.backward)
 
 
 def _lines(d: Findings) -> Section:
