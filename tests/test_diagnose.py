@@ -1,5 +1,6 @@
 """`diagnose`: the right cause first, the right branch, a report that says so; refusals."""
 
+import gc
 import html.parser
 import io
 import logging
@@ -36,7 +37,9 @@ def few_rounds():
     with pytest.MonkeyPatch.context() as patch:
         few = {"seconds": 0.005, "min_rounds": 2, "max_rounds": 2}
         patch.setattr(measure, "QUICK_OPTIONS", few)
+        gc.freeze()  # each measurement of memory collects garbage: of what is there, half a second
         yield
+        gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """`python -m convlab diagnose`: loads the reader's layer, reports, and refuses in one sentence."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -80,6 +81,7 @@ def convlab(folder, monkeypatch, capsys):
     few = {"seconds": 0.005, "min_rounds": 2, "max_rounds": 2}
     monkeypatch.setattr(measure, "QUICK_OPTIONS", few)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    gc.freeze()  # as in test_diagnose.py
 
     def run(*arguments):
         try:
@@ -89,7 +91,8 @@ def convlab(folder, monkeypatch, capsys):
         out, err = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, code, out, err)
 
-    return run
+    yield run
+    gc.unfreeze()
 
 
 def refused(done):

@@ -111,6 +111,7 @@ def test_the_sizes_of_a_maximum_are_found(stride):
     assert found.problem == ConvProblem(2, 3, 3, 20, 23, 3, stride, 1, groups=3)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_padding_same_of_an_even_kernel():
     found, what = told(nn.Conv2d(3, 4, 4, padding="same"), images(2, 3, 20, 20))
     assert (found.problem.padding, what.branch, what.sure) == ("same", "plain", True)
