@@ -260,6 +260,16 @@ def test_a_compiled_layer(no_code_is_generated):
     assert "the layer is compiled" in " ".join(found.notes)
 
 
+def test_a_layer_that_compiles_a_part_of_itself(no_code_is_generated):
+    """While it is watched, too: the compiler must not give up on it."""
+    inner = torch.compile(lambda x, w: F.unfold(x, 3).sin() * w, backend="eager", fullgraph=True)
+    layer = Function(lambda s, x: inner(x, s.conv.weight.mean()))
+    found = diagnose(layer, images(), quick=True)
+    assert found.causes[0].name == COLUMNS
+    assert "compiled" in " ".join(found.notes)
+    assert not found.watched.error
+
+
 # Refused
 
 

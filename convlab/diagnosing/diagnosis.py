@@ -171,8 +171,9 @@ def _notes(subject: Subject, found: Behaviour, watched: Watched, measured: Times
         )
     if subject.compiled:
         notes.append(
-            "the layer is compiled: times are of the compiled form, operators and lines of the "
-            "code before compilation"
+            "the layer is compiled, or parts of it: times are of the compiled form; operators, "
+            "lines and causes are of the code before compilation, which may store what the "
+            "compiled form does not"
         )
     if watched.error:
         notes.append(watched.error)

@@ -72,10 +72,11 @@ class Subject:
     def _first_output(self) -> Tensor:
         x = self.x.clone()
         with self.quiet(), torch.no_grad():
-            start = time.perf_counter()
+            graphs, start = _compiled_graphs(), time.perf_counter()
             y = self(x)
             synchronize(self.device)
             self.first_seconds = time.perf_counter() - start
+            self.compiled = self.compiled or _compiled_graphs() > graphs
         if not isinstance(y, Tensor):
             raise ValueError(f"layer must return one tensor, {self.name} returned {_kind(y)}")
         if y.device != self.x.device:
@@ -158,6 +159,12 @@ class Subject:
         except Exception:
             pass
         return layer, self.x.dtype
+
+
+def _compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)
+    return counters["stats"]["unique_graphs"] if counters else 0
 
 
 @contextlib.contextmanager
