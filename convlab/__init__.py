@@ -1,5 +1,7 @@
 """Why a convolution written by hand is slower than `nn.Conv2d`, measured."""
 
+import importlib
+
 from convlab.algorithms import ALGORITHMS
 from convlab.auto import explain
 from convlab.layers import Conv2d, ThreadConv2d
@@ -9,6 +11,7 @@ from convlab.problems import PROBLEMS
 from convlab.timing import compare, measure
 
 __version__ = "0.1.0"
+LATER = {"diagnose": "convlab.diagnosing"}  # imported at the first use: it draws and prints
 __all__ = [
     "ALGORITHMS",
     "PROBLEMS",
@@ -17,6 +20,13 @@ __all__ = [
     "ThreadConv2d",
     "check",
     "compare",
+    "diagnose",
     "explain",
     "measure",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in LATER:
+        return getattr(importlib.import_module(LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

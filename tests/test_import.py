@@ -19,6 +19,7 @@ LAYERS = [
     "problems",
     "counts",
     "cost",
+    "guide",
     "machine",
     "timing",
     "pitfalls",
@@ -39,6 +40,7 @@ LAYERS = [
     "plots",
     "pictures",
     "notebook",
+    "diagnosing",
     "__main__",
 ]
 SLOW_TO_IMPORT = [
