@@ -24,6 +24,7 @@ LAYERS = [
     "algorithms",
     "flex",
     "layers",
+    "swap",
     "oracle",
     "auto",
     "peers",
