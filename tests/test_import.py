@@ -35,6 +35,7 @@ LAYERS = [
     "datasets",
     "networks",
     "training",
+    "steps",
     "sameness",
     "experiments",
     "thread",

@@ -18,6 +18,7 @@ from convlab.experiments.facts import ceilings_case, ceilings_of, stages_case, s
 from convlab.experiments.library import VARIANTS, Variant, library_case
 from convlab.experiments.mistakes import mistakes_case
 from convlab.experiments.named import EXPERIMENTS, LAYER, PAIR, REPRODUCE, SCALES, Experiment
+from convlab.experiments.networks import NETWORKS, network_case
 from convlab.experiments.sessions import (
     Progress,
     by_machine,
@@ -31,6 +32,7 @@ from convlab.experiments.sessions import (
 __all__ = [
     "EXPERIMENTS",
     "LAYER",
+    "NETWORKS",
     "PAIR",
     "REPRODUCE",
     "SCALES",
@@ -49,6 +51,7 @@ __all__ = [
     "library_case",
     "measured",
     "mistakes_case",
+    "network_case",
     "one_pass",
     "plan",
     "run",

@@ -13,6 +13,7 @@ from convlab.experiments.cases import KEPT, Case, Settings, compare_case, one_pa
 from convlab.experiments.facts import ceilings_case, stages_case, storage_case
 from convlab.experiments.library import library_case
 from convlab.experiments.mistakes import MISTAKES, mistakes_case
+from convlab.experiments.networks import network_cases
 from convlab.peers import PEERS
 from convlab.problem import ConvProblem
 from convlab.problems import NETWORKS, PROBLEMS, thread_problem
@@ -272,6 +273,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "library": Experiment("What do the library's switches bring?", _library),
     "networks": Experiment("What does the library bring on real layers?", _networks),
     "ladder": Experiment("What does each rewrite bring?", _ladder),
+    "network_step": Experiment("Does it matter in a whole network?", network_cases),
     "pitfalls": Experiment("Mistakes that only a GPU shows", _mistakes),
 }
 REPRODUCE = ("storage", "ceilings", "layer", "step", "stages", "batch", "photographs")
