@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 import random
 import warnings
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convlab import datasets, machine, networks, records, timing
-from convlab.algorithms import ALGORITHMS
+from convlab.algorithms import ALGORITHMS, Algorithm
 from convlab.datasets import Dataset
 from convlab.experiments.cases import Case, Settings, memory_error
 from convlab.images import photo_batch
@@ -33,6 +34,7 @@ ALGORITHMS_ON_GPU = (
     *("native", "native_channels_last", "thread", "unfold", "unfold_batched"),
     *("windows", "implicit_gemm"),
 )
+QUICK = {"ResNet-18": ("native", "native_channels_last", "thread", "windows")}
 CHECKED = 8  # images
 LENIENT = 32  # times the error of nn.Conv2d's logits; a wrong sum is off by thousands
 LEAST_ERROR = 1e-5  # of nn.Conv2d, where it happens to be nearly exact
@@ -89,6 +91,7 @@ def network_case(
 ) -> Case:
     """Rows of the whole step (part ""), of its parts, and of the stages inside `thread`."""
     usual = ALGORITHMS_ON_GPU if settings.on_gpu else ALGORITHMS_ON_CPU
+    usual = QUICK.get(network, usual) if settings.quick else usual
     chosen = tuple(a for a in (algorithms or usual) if a in ALGORITHMS)
     batch = NETWORKS[network].batch(settings)
     name = f"{EXPERIMENT}/{network}/b{batch}/{pass_}"
@@ -97,21 +100,16 @@ def network_case(
 
 
 def _rows(network, batch, algorithms, pass_, settings) -> list[Row]:
-    data, first = NETWORKS[network].data(), networks.seeded(NETWORKS[network].make, 0)
-    reference = outcome(copy.deepcopy(first).double(), data, settings.device)
-    usual, _ = errors_of(outcome(copy.deepcopy(first), data, settings.device), reference)
+    data, flags = NETWORKS[network].data(), json.dumps(machine.flags())
     values = {"network": network, "batch": batch, "pass_": pass_, "device": settings.device}
     write = functools.partial(_row, **values)
     rows, steps, errors, known = [], {}, {}, {}
     for name in algorithms:
         try:
-            model = by(copy.deepcopy(first), name, settings.device)
-            found = outcome(copy.deepcopy(model), data, settings.device)
-            error, of_gradients = errors_of(found, reference)
-            allowed = LENIENT * max(usual, LEAST_ERROR)
-            if not (error <= allowed and of_gradients <= GRADIENT_ERROR):
-                reason = f"logits differ by {error:.2g}, gradients by {of_gradients:.2g}"
-                rows.append(write(name, status="wrong", reason=reason))
+            model = by(networks.seeded(NETWORKS[network].make, 0), name, settings.device)
+            error, wrong = _checked(network, name, ALGORITHMS[name], settings.device, flags)
+            if wrong:
+                rows.append(write(name, status="wrong", reason=wrong))
                 continue
             nhwc = name == "native_channels_last"
             step = Step(model, data, batch, pass_, settings.device, nhwc)
@@ -123,13 +121,35 @@ def _rows(network, batch, algorithms, pass_, settings) -> list[Row]:
             status, more = memory_error(error)
             rows.append(write(name, status=status, reason=more["extra"]["reason"]))
     small = settings.on_gpu or math.prod(data.shape) < SMALL_IMAGE
-    options = settings.options if small else settings.brief
+    seconds = settings.options["seconds"] if small else settings.brief["seconds"]
+    options = settings.options | {"seconds": seconds}
     whole = timing.interleaved(steps, settings.device, known=known, **options)
     rows += [write(name, m, error=errors[name]) for name, m in whole.items()]
     rounds = max((len(m.samples) for m in whole.values()), default=0)
     for name, parts in _parts(steps, rounds).items():
         rows += [write(name, m, part=part) for part, m in parts.items()]
     return rows
+
+
+@functools.lru_cache(maxsize=64)
+def _reference(network: str, device: str, flags: str) -> tuple[tuple[Tensor, Tensor], float]:
+    """Logits and gradients in float64, and the error of PyTorch's own logits in float32."""
+    data, model = NETWORKS[network].data(), networks.seeded(NETWORKS[network].make, 0)
+    reference = outcome(copy.deepcopy(model).double(), data, device)
+    return reference, errors_of(outcome(model, data, device), reference)[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _checked(
+    network: str, name: str, algorithm: Algorithm, device: str, flags: str
+) -> tuple[float, str]:
+    """The error of the logits, and what is wrong, in words; once for both passes."""
+    reference, usual = _reference(network, device, flags)
+    model = by(networks.seeded(NETWORKS[network].make, 0), name, device)
+    found = outcome(model, NETWORKS[network].data(), device)
+    error, of_gradients = errors_of(found, reference)
+    right = error <= LENIENT * max(usual, LEAST_ERROR) and of_gradients <= GRADIENT_ERROR
+    return error, "" if right else f"logits differ by {error:.2g}, gradients by {of_gradients:.2g}"
 
 
 def by(model: nn.Module, algorithm: str, device: str) -> nn.Module:
