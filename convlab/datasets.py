@@ -7,7 +7,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +51,10 @@ class Dataset:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return tuple(self.images.shape[1:])
+
+    def first(self, images: int) -> Dataset:
+        """The same with only so many images to train on."""
+        return replace(self, images=self.images[:images], labels=self.labels[:images])
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple:
         """Normalised images (B, C, H, W) in float32 and labels (B,) of the training part.

@@ -27,6 +27,12 @@ def test_digits_are_split_with_as_many_of_every_class(digits):
     assert not torch.equal(other.images, digits.images)
 
 
+def test_only_the_first_images(digits):
+    few = digits.first(5)
+    assert torch.equal(few.batch(torch.arange(5))[0], digits.batch(torch.arange(5))[0])
+    assert (len(few.images), len(few.labels), len(few.test_images)) == (5, 5, 360)
+
+
 def test_no_test_image_is_trained_on(digits):
     from sklearn.datasets import load_digits
 
