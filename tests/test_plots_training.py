@@ -47,8 +47,10 @@ def test_step_parts_are_stacked_and_labelled():
         {"data": [1e-3, 1e-3], "forward": [1e-3, 4e-3], "backward": [2e-3, 7e-3]},
         index=["native", "thread"],
     )
-    ratios = pd.Series({"native": 1.0, "thread": 3.0})
-    figure = plots.step_parts({"a": frame, "b": frame[:1]}, {"a": ratios, "b": ratios}, "t", "n")
+    wholes = pd.DataFrame(
+        {"seconds": [5e-3, 13e-3], "ratio": [1.0, 2.6]}, index=["native", "thread"]
+    )
+    figure = plots.step_parts({"a": frame, "b": frame[:1]}, {"a": wholes, "b": wholes}, "t", "n")
     first, second = figure.axes
     widths = [bar.get_width() for bar in first.patches]
     assert widths == pytest.approx([1e-3, 1e-3, 1e-3, 4e-3, 2e-3, 7e-3])
@@ -56,6 +58,7 @@ def test_step_parts_are_stacked_and_labelled():
     assert starts == pytest.approx([0, 0, 1e-3, 1e-3, 2e-3, 5e-3])
     colours = {to_rgb(bar.get_facecolor()[:3]) for bar in first.patches}
     assert colours == {to_rgb(plots.PART_COLOURS[part]) for part in frame}
-    assert [text.get_text() for text in first.texts] == [" 4 ms  1×", " 12 ms  3×"]
-    assert first.get_xlim()[1] > 12e-3
+    assert [text.get_text() for text in first.texts] == [" 5 ms  1×", " 13 ms  2.6×"]
+    assert [line.get_xdata()[0] for line in first.lines] == [5e-3, 13e-3]
+    assert first.get_xlim()[1] > 13e-3
     assert len(second.patches) == 3

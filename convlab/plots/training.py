@@ -84,7 +84,7 @@ def accuracy_dots(
             spread = np.linspace(-0.2, 0.2, count) if count > 1 else [0]
             axes.plot(runs[name], y + np.asarray(spread), "o", color=colour, ms=3, alpha=0.5)
             if np.isfinite([low, high]).all():
-                axes.plot([low, high], [y, y], color=colour, lw=3, solid_capstyle="butt")
+                axes.plot([low, min(high, 1)], [y, y], color=colour, lw=3, solid_capstyle="butt")
             axes.plot(mean, y, "o", color=colour, ms=8, mec="white")
         if least is not None:
             axes.axvline(least, color="black", ls=":")
@@ -96,13 +96,14 @@ def accuracy_dots(
 
 
 def step_parts(
-    parts: Mapping[str, pd.DataFrame], ratios: Mapping[str, pd.Series], title: str, note: str
+    parts: Mapping[str, pd.DataFrame], wholes: Mapping[str, pd.DataFrame], title: str, note: str
 ) -> Figure:
-    """One panel per network: a stacked bar per algorithm, labelled with the ratio of whole steps.
+    """One panel per network: a stacked bar per algorithm; a line marks the step without marks.
 
     Args:
         parts: panel's title → seconds, rows algorithms, columns parts.
-        ratios: panel's title → algorithm → time over that of `nn.Conv2d`.
+        wholes: panel's title → rows algorithms, columns `seconds` of the step measured as a whole
+            and `ratio` to that of `nn.Conv2d`.
     """
     with theme():
         rows = max(len(frame) for frame in parts.values())
@@ -120,19 +121,22 @@ def step_parts(
                 )
                 left += frame[part].to_numpy()
             for y, (algorithm, end) in enumerate(zip(frame.index, left)):
-                ratio = ratios[name].get(algorithm, float("nan"))
-                text = f" {seconds(end)}" + (f"  {ratio:.3g}×" if np.isfinite(ratio) else "")
-                axes.text(end, y, text, va="center", fontsize=9)
-            axes.set_xlim(0, 1.4 * left.max())
+                whole, ratio = wholes[name].loc[algorithm, ["seconds", "ratio"]]
+                axes.plot([whole] * 2, [y - 0.45, y + 0.45], color="black", lw=2)
+                text = f" {seconds(whole)}  {ratio:.3g}×"
+                axes.text(max(end, whole), y, text, va="center", fontsize=9)
+            axes.set_xlim(0, 1.45 * max(left.max(), wholes[name]["seconds"].max()))
             axes.invert_yaxis()
             axes.grid(False, axis="y")
             axes.locator_params(axis="x", nbins=4)
             time_axis(axes.xaxis)
             axes.set_title(name, fontsize=10, fontweight="normal")
         handles, labels = panels[0][0].get_legend_handles_labels()
+        handles.append(plt.Line2D([], [], color="black", lw=2))
+        labels.append("measured as a whole")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         figure.legend(
-            handles, labels, ncols=4, loc="lower left", frameon=False, bbox_to_anchor=(0, -0.01)
+            handles, labels, ncols=5, loc="lower left", frameon=False, bbox_to_anchor=(0, -0.01)
         )
         figure.tight_layout(rect=(0, 0.07, 1, 1))
         figure.text(0.01, -0.02, note, fontsize=8, color="#555555", va="top", wrap=True)
