@@ -8,6 +8,7 @@ from convlab.layers import Conv2d, ThreadConv2d
 from convlab.oracle import check
 from convlab.problem import ConvProblem
 from convlab.problems import PROBLEMS
+from convlab.swap import swap_convolutions
 from convlab.timing import compare, measure
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "diagnose",
     "explain",
     "measure",
+    "swap_convolutions",
 ]
 
 

@@ -19,6 +19,7 @@ from convlab.experiments.kernel import error_case, kernel_case, roofs_of
 from convlab.experiments.library import VARIANTS, Variant, library_case
 from convlab.experiments.mistakes import mistakes_case
 from convlab.experiments.named import EXPERIMENTS, LAYER, PAIR, REPRODUCE, SCALES, Experiment
+from convlab.experiments.networks import NETWORKS, network_case
 from convlab.experiments.sessions import (
     Progress,
     by_machine,
@@ -32,6 +33,7 @@ from convlab.experiments.sessions import (
 __all__ = [
     "EXPERIMENTS",
     "LAYER",
+    "NETWORKS",
     "PAIR",
     "REPRODUCE",
     "SCALES",
@@ -52,6 +54,7 @@ __all__ = [
     "library_case",
     "measured",
     "mistakes_case",
+    "network_case",
     "one_pass",
     "plan",
     "roofs_of",

@@ -14,6 +14,7 @@ from convlab.experiments.facts import ceilings_case, stages_case, storage_case
 from convlab.experiments.kernel import error_cases, kernel_cases
 from convlab.experiments.library import library_case
 from convlab.experiments.mistakes import MISTAKES, mistakes_case
+from convlab.experiments.networks import network_cases
 from convlab.problem import ConvProblem
 from convlab.problems import NETWORKS, PROBLEMS, thread_problem
 
@@ -280,6 +281,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "library": Experiment("What do the library's switches bring?", _library),
     "networks": Experiment("What does the library bring on real layers?", _networks),
     "ladder": Experiment("What does each rewrite bring?", _ladder),
+    "network_step": Experiment("Does it matter in a whole network?", network_cases),
     "pitfalls": Experiment("Mistakes that only a GPU shows", _mistakes),
     "kernel": Experiment("How fast is a kernel whose columns are never stored?", _kernel),
     "kernel_errors": Experiment("How exact is it, beside the library?", _kernel_errors),

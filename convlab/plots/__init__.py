@@ -24,6 +24,7 @@ from convlab.plots.kernel import above_floor, roofline, traffic, waste
 from convlab.plots.ladder import at_a_time, dumbbells, front, ladder_map, rungs, trade, versus
 from convlab.plots.library import KINDS, layer_map, network_bars, switches, variant_colour
 from convlab.plots.scaling import agreement, budget, heat, scaling, slope
+from convlab.plots.training import PART_COLOURS, accuracy_dots, loss_curves, step_parts
 from convlab.plots.verdicts import (
     VERDICT_COLOURS,
     copies,
@@ -42,9 +43,11 @@ __all__ = [
     "COLOURS",
     "KINDS",
     "OTHER",
+    "PART_COLOURS",
     "STAGE_COLOURS",
     "VERDICT_COLOURS",
     "above_floor",
+    "accuracy_dots",
     "agreement",
     "at_a_time",
     "bars",
@@ -62,6 +65,7 @@ __all__ = [
     "layer_map",
     "ledger",
     "lines",
+    "loss_curves",
     "measured_on",
     "network_bars",
     "png",
@@ -73,6 +77,7 @@ __all__ = [
     "slope",
     "stage_bars",
     "stage_shares",
+    "step_parts",
     "switches",
     "theme",
     "thread_marks",
