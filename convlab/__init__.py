@@ -4,6 +4,7 @@ import importlib
 
 from convlab.algorithms import ALGORITHMS
 from convlab.auto import explain
+from convlab.flex import flex_conv2d
 from convlab.layers import Conv2d, ThreadConv2d
 from convlab.oracle import check
 from convlab.problem import ConvProblem
@@ -23,6 +24,7 @@ __all__ = [
     "compare",
     "diagnose",
     "explain",
+    "flex_conv2d",
     "measure",
     "swap_convolutions",
 ]

@@ -1,7 +1,7 @@
 """Networks to train: a small CNN whose layer is a parameter, and ResNet-18 for 32×32 pixels.
 
-Two layers that are no convolution, as unfold and broadcasting write them: `l1_by_unfold` and
-`top_k_by_unfold`. A faster form of either takes its place as the `function` of a `PatchLayer`.
+Two layers that are no convolution, as unfold and broadcasting write them: `l1_by_unfold`, with its
+fused form `l1_fused`, and `top_k_by_unfold`. Each is the `function` of a `PatchLayer`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convlab.flex import flex_conv2d
 from convlab.vision import torchvision
 
 Layer = Callable[..., nn.Module]
@@ -122,6 +123,16 @@ def l1_by_unfold(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -
     return _planes(-differences.abs().sum(2), x, weight, stride, padding)
 
 
+def minus_distance(x: Tensor, w: Tensor) -> Tensor:
+    """What `l1_by_unfold` adds up, for `flex_conv2d`."""
+    return -(x - w).abs()
+
+
+def l1_fused(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """`l1_by_unfold` by `flex_conv2d`: writes y and nothing else."""
+    return flex_conv2d(x, weight, minus_distance, stride=stride, padding=padding)
+
+
 def top_k_by_unfold(
     x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, *, keep: float = 0.5
 ) -> Tensor:
@@ -146,7 +157,6 @@ def _planes(y: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> 
     return y.unflatten(2, size)
 
 
-L1_LAYER: Layer = functools.partial(
-    PatchLayer, function=l1_by_unfold, std=1.0
-)  # as wide as its inputs
+L1_LAYER: Layer = functools.partial(PatchLayer, function=l1_by_unfold, std=1.0)  # as its inputs
+L1_FUSED_LAYER: Layer = functools.partial(PatchLayer, function=l1_fused, std=1.0)
 TOP_K_LAYER: Layer = functools.partial(PatchLayer, function=top_k_by_unfold)

@@ -19,7 +19,7 @@ from convlab.algorithms.base import add_bias
 from convlab.algorithms.thread import fold_stage, output_size, product_stage, unfold_stage
 from convlab.datasets import Dataset
 from convlab.problem import parse_device
-from convlab.stages import Clock
+from convlab.stages import Clock, stopwatch
 from convlab.timing import synchronize
 
 PARTS = {"train": ("data", "forward", "backward", "optimiser"), "forward": ("data", "forward")}

@@ -59,7 +59,7 @@ def test_native_matmul_is_asked_of_inductor_where_it_knows_it(monkeypatch):
     assert "needs a CUDA GPU" in algorithm.supports(PROBLEMS[0])
     seen = []
 
-    def compiled(function, x, weight, arguments, options):
+    def compiled(function, tensors, arguments, options):
         seen.append((arguments[0].name, dict(options)))
         return lambda x, weight, bias: function(x, weight, bias, *arguments)
 

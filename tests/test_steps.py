@@ -75,7 +75,7 @@ def test_the_parts_are_the_whole_step(digits, pass_, monkeypatch):
     """By a clock that counts how often it was read: the parts touch and nothing is between."""
     ticks = iter(range(100))
     clock = (lambda: float(next(ticks)), lambda a, b: b - a)
-    monkeypatch.setattr(steps, "marker", lambda device: clock)
+    monkeypatch.setattr(steps, "stopwatch", lambda device: clock)
     found = Step(SmallCNN(), digits, 2, pass_).timed()
     assert found == dict.fromkeys(PARTS[pass_], 1.0)
 
