@@ -57,7 +57,7 @@ def _with_bias(x, weight, bias, form, no_bias, *sizes):
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
-def _compile(function, shapes, dtype, device, arguments, options):
+def _compile(function, shapes, dtype, device, arguments, options, dynamic):
     """The compiled function of tensors alone, with `arguments` behind them.
 
     PyTorch allows one code object only so many versions, so each problem has its own.
@@ -70,16 +70,19 @@ def _compile(function, shapes, dtype, device, arguments, options):
     name = "problem_" + hashlib.sha256(repr(words).encode()).hexdigest()[:16]
     problem.__code__ = problem.__code__.replace(co_name=name)
     return torch.compile(
-        problem, backend=BACKEND, fullgraph=True, dynamic=False, options=dict(options) or None
+        problem, backend=BACKEND, fullgraph=True, dynamic=dynamic, options=dict(options) or None
     )
 
 
-def compiled_function(function, tensors, arguments, options=()):
+def compiled_function(function, tensors, arguments, options=(), dynamic=False):
     """`function(*tensors, *arguments)` compiled for tensors like these; options: inductor's.
 
     Args:
         tensors: some or all of those that it will be called with; they tell problems apart.
+        dynamic: `torch.compile`'s; None where the caller marks what may change.
     """
     options = options if BACKEND == "inductor" else ()
     shapes = tuple(None if t is None else t.shape for t in tensors)
-    return _compile(function, shapes, tensors[0].dtype, tensors[0].device, arguments, options)
+    return _compile(
+        function, shapes, tensors[0].dtype, tensors[0].device, arguments, options, dynamic
+    )

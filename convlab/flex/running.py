@@ -111,22 +111,23 @@ def _input_gradient(call, x, weight, aux, captured, grad, y) -> Tensor:
 def _weight_gradient(call, padded, weight, aux, captured, grad, y) -> Tensor:
     channels, kw = len(weight) // call.groups, weight.shape[3]
     plan = call.plan(grad.shape[2:], channels, kw)
-    per_image = (padded[:1].nbytes + grad[:1].nbytes) if len(padded) else 1
-    cached = max(1, machine.cache_bytes(padded.device.type) * 2 // max(per_image, 1))
-    images = _divisor(len(padded), cached) if call.compiled else _images(grad, _terms(weight))
+    images = _images(grad, _terms(weight))
+    if call.compiled:
+        images = _cached(padded, grad) if padded.device.type == "cpu" else len(padded)
+    images = -(-len(padded) // max(1, -(-len(padded) // max(1, images))))  # of about equal size
     total = None
     for part in chunks(len(padded), images):
         batch = [None if t is None else t[part] for t in (padded, aux, grad, y)]
         tensors = batch[0], weight, *batch[1:], *captured
-        found = _function(call, loops.weight_gradient, tensors, (plan,))(*tensors)
+        found = _function(call, loops.weight_gradient, (plan,), (0, 2, 3, 4))(*tensors)
         total = found if total is None else total.add_(found)
     return (torch.zeros_like(weight) if total is None else total).to(weight.dtype)
 
 
-def _divisor(images: int, most: int) -> int:
-    """The largest chunk of at most `most` that needs no shorter last one: each size is compiled."""
-    fitting = [n for n in range(1, min(images, most) + 1) if images % n == 0]
-    return fitting[-1] if fitting and 4 * fitting[-1] >= min(images, most) else max(images, 1)
+def _cached(padded: Tensor, grad: Tensor) -> int:
+    """Images that stay in a cache while all taps pass over them."""
+    per_image = padded[:1].nbytes + grad[:1].nbytes
+    return 2 * machine.cache_bytes("cpu") // max(per_image, 1)
 
 
 def _scatter(call, values: Tensor, x: Tensor, weight: Tensor, fill: float) -> Tensor:
@@ -161,7 +162,7 @@ def _size(call: Call, padded: Tensor, weight: Tensor) -> tuple[int, int]:
 def _per_image(call: Call, function: Callable, tensors, batched, arguments, weight) -> Tensor:
     """`function` of all images at once if compiled, else of a few; `batched`: which have images."""
     if call.compiled:
-        return _function(call, function, tensors, arguments)(*tensors)
+        return _function(call, function, arguments, batched)(*tensors)
     images = _images(tensors[0], _terms(weight))
     parts = []
     for part in chunks(len(tensors[0]), images):
@@ -181,11 +182,22 @@ def _images(tensor: Tensor, per_pixel: int) -> int:
     return max(1, TERMS // max(1, per_pixel * tensor[0, 0].numel())) if len(tensor) else 1
 
 
-def _function(call: Call, function: Callable, tensors, arguments) -> Callable:
+def _function(call: Call, function: Callable, arguments, batched) -> Callable:
+    """`function` with its last arguments; compiled once for all numbers of images."""
     if not call.compiled:
-        return lambda *given: function(*given, *arguments)
-    _announce()
-    return compiled_function(function, tensors, arguments, OPTIONS)
+        return lambda *tensors: function(*tensors, *arguments)
+
+    def run(*tensors):
+        _announce()
+        given = list(tensors)
+        for place in batched:
+            if given[place] is not None and len(given[place]) > 1:
+                given[place] = given[place].view_as(given[place])  # the mark is not for the caller
+                torch._dynamo.mark_dynamic(given[place], 0)
+        key = [t if place not in batched or t is None else t[:1] for place, t in enumerate(given)]
+        return compiled_function(function, key, arguments, OPTIONS, dynamic=None)(*given)
+
+    return run
 
 
 def _announce() -> None:
