@@ -128,9 +128,12 @@ def minus_distance(x: Tensor, w: Tensor) -> Tensor:
     return -(x - w).abs()
 
 
-def l1_fused(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+def l1_fused(
+    x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, *, backend: str = "inductor"
+) -> Tensor:
     """`l1_by_unfold` by `flex_conv2d`: writes y and nothing else."""
-    return flex_conv2d(x, weight, minus_distance, stride=stride, padding=padding)
+    options = {"stride": stride, "padding": padding, "backend": backend}
+    return flex_conv2d(x, weight, minus_distance, **options)
 
 
 def top_k_by_unfold(
