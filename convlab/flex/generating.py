@@ -1,0 +1,95 @@
+"""Triton source of the reader's function and its partial derivatives, as a module."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import linecache
+import types
+from collections.abc import Callable
+
+import torch
+
+from convlab.flex.combine import Combine, parse
+from convlab.flex.spelling import device_function, is_finite, simplified
+
+REMEMBERED = 256  # functions whose modules are kept
+HEAD = '''"""{title}"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+'''
+ONE = '''@triton.jit
+def one(x, w, aux, numbers):
+    """Counts."""
+    return tl.full((), 1.0, {type})
+'''
+
+
+def triton_source(
+    combine: Callable[..., torch.Tensor], dtype: torch.dtype = torch.float32, aux: bool = False
+) -> str:
+    """What `backend="triton"` makes of `combine`: its value and derivatives in Triton.
+
+    Args:
+        dtype: in which it computes: float64, or float32 for shorter types too.
+        aux: whether combine takes a third argument.
+
+    Raises:
+        ValueError: an operation has no spelling in Triton; the errors of `flex_conv2d`.
+    """
+    return source(parse(combine, dtype, aux))
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def source(combine: Combine) -> str:
+    """Text of a module with `numbers`, `value`, `by_x`, `by_w`, `by_aux`, `by_1`, …, `one`."""
+    names = arguments(combine)
+    captured = names[combine.arity :]
+    graph = simplified(combine.value)
+    functions = [_numbers(len(captured)), device_function(graph, None, "value", names)]
+    graph = simplified(combine.partials)
+    for which, name in enumerate(partials(combine)):
+        functions.append(device_function(graph, which, name, names))
+    dtype = next(iter(graph.graph.nodes)).meta["val"].dtype
+    functions.append(ONE.format(type=str(dtype).replace("torch.", "tl.")))
+    title = "combine and its derivatives, as generated for Triton."
+    return "\n\n".join([HEAD.format(title=title), *functions])
+
+
+def arguments(combine: Combine) -> list[str]:
+    """What x, w, aux and the captured numbers are called in the source."""
+    inputs = [n for n in combine.value.graph.nodes if n.op == "placeholder"]
+    captured = range(1, 1 + len(inputs) - combine.arity)
+    return [*("x", "w", "aux")[: combine.arity], *(f"c{i}" for i in captured)]
+
+
+def partials(combine: Combine) -> list[str]:
+    """Names of the derivatives, in the order of the arguments."""
+    return [f"by_{name}" for name in arguments(combine)]
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def finite(combine: Combine, which: int) -> bool:
+    """Whether the derivative by argument `which` is finite at finite arguments."""
+    return is_finite(simplified(combine.partials), which)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def module(combine: Combine) -> types.ModuleType:
+    """The module of `source`, with its lines where Triton and tracebacks look for them."""
+    text = source(combine)
+    name = f"convlab_combine_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    file = f"<{name}>"
+    lines = text.splitlines(keepends=True)
+    linecache.cache[file] = (len(text), None, lines, file)
+    made = types.ModuleType(name)
+    exec(compile(text, file, "exec"), made.__dict__)
+    return made
+
+
+def _numbers(captured: int) -> str:
+    loads = ", ".join(f"tl.load(NUMBERS + {i})" for i in range(captured + 1))
+    text = '"""pad_value and what combine closes over."""'
+    return f"@triton.jit\ndef numbers(NUMBERS):\n    {text}\n    return ({loads},)\n"

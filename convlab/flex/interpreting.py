@@ -1,0 +1,46 @@
+"""What a GPU's math library computes, for kernels that Triton's interpreter runs on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import TensorHandle
+
+# libdevice's names where PyTorch has others
+NAMES = {"fmod": "fmod", "nearbyint": "round", "cyl_bessel_i0": "i0", "pow": "pow"}
+SPECIAL = {"erfcx": torch.special.erfcx}
+
+
+class _Libdevice:
+    """The functions of `triton.language.extra.libdevice` on interpreted tensors."""
+
+    def __getattr__(self, name: str) -> Callable[..., tl.tensor]:
+        function = SPECIAL.get(name) or getattr(torch, NAMES.get(name, name))
+
+        def interpreted(*arguments: tl.tensor) -> tl.tensor:
+            data = np.broadcast_arrays(*(a.handle.data for a in arguments))
+            found = function(*(torch.from_numpy(np.array(d)) for d in data)).numpy()
+            kind = max((a.type for a in arguments), key=lambda t: len(getattr(t, "shape", ())))
+            if len(arguments) > 1 and kind.is_block():
+                kind = tl.block_type(kind.scalar, list(found.shape))
+            return tl.tensor(TensorHandle(found, kind.scalar), kind)
+
+        return interpreted
+
+
+@functools.cache
+def plain(function) -> Callable | None:
+    """A generated Triton function as the Python function that the interpreter calls."""
+    if function is None:
+        return None
+    python = function.fn
+    known = python.__globals__
+    if "libdevice" in known:
+        known = known | {"libdevice": _Libdevice()}
+        return types.FunctionType(python.__code__, known, python.__name__)
+    return python
