@@ -13,6 +13,8 @@ UNPACK.
 import triton
 import triton.language as tl
 
+NOWHERE = tl.constexpr(-(2**30))  # a row outside of every image
+
 @triton.jit
 def pixels_of(values, NHWC: tl.constexpr):
     """Values of pixels, spread along a tile whose last axis is what lies together in memory."""
@@ -23,6 +25,12 @@ def pixels_of(values, NHWC: tl.constexpr):
 def channels_of(values, NHWC: tl.constexpr):
     """Values of channels, along the other axis."""
     return values[None, :] if NHWC else values[:, None]
+
+
+@triton.jit
+def within(values, size):
+    """0 ≤ values < size, as one comparison of unsigned numbers."""
+    return values.to(tl.uint32, bitcast=True) < size
 
 
 @triton.jit
@@ -40,8 +48,9 @@ def slope(
 
 @triton.jit
 def outputs(
-    X, W, AUX, LIMIT, Y, NUMBERS,  # (N, G·C, H, W), (G, R, S, C, K), 3 × (N, G·K, OH, OW)
+    X, W, AUX, LIMIT, Y, NUMBERS,  # (N, G·C, H, W), (G, R, S, C, w_c), 3 × (N, G·K, OH, OW)
     pixels, C, K, H, WIDTH, OH, OW,  # C and K of one group; pixels = N · OH · OW
+    w_c,  # K and what fills up the last tile
     x_n, x_c, x_h, x_w, a_n, a_k, a_h, a_w, y_n, y_k, y_h, y_w,  # strides in elements
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     R: tl.constexpr, S: tl.constexpr, NHWC: tl.constexpr, REDUCE: tl.constexpr,
@@ -57,8 +66,8 @@ def outputs(
     group = tl.program_id(1)
     m = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    real_m, real_k = m < pixels, k < K
-    real = pixels_of(real_m, NHWC) & channels_of(real_k, NHWC)
+    real_m = m < pixels
+    real = pixels_of(real_m, NHWC) & channels_of(k < K, NHWC)
     image, row, column = (m // (OH * OW)).to(INDEX), m // OW % OH, m % OW
     numbers = UNPACK(NUMBERS)
     pad = numbers[0].to(X.dtype.element_ty)
@@ -83,15 +92,16 @@ def outputs(
         aux = tl.load(AUX + at_aux, mask=real, other=0.0).to(SUM)
     top, left = row * stride_h - pad_h, column * stride_w - pad_w
     corner = image * x_n + top * x_h + left * x_w + group * C * x_c
-    filters = W + group * (R * S * C * K) + k
+    top = tl.where(real_m, top, NOWHERE)
+    filters = W + group * (R * S * C * w_c) + k
     for tap in range(R * S):
         r, s = tap // S, tap % S
         h, w = top + r * dilation_h, left + s * dilation_w
-        inside = real_m & (h >= 0) & (h < H) & (w >= 0) & (w < WIDTH)
+        inside = within(h, H) & within(w, WIDTH)
         at_x = corner + (r * dilation_h * x_h + s * dilation_w * x_w)
         for c in range(C):
             pixel = tl.load(X + at_x + c * x_c, mask=inside, other=pad).to(SUM)
-            weight = tl.load(filters + (tap * C + c) * K, mask=real_k, other=0.0).to(SUM)
+            weight = tl.load(filters + (tap * C + c) * w_c).to(SUM)
             pixel, weight = pixels_of(pixel, NHWC), channels_of(weight, NHWC)
             if PARTIAL is not None:
                 total += slope(pixel, weight, aux, numbers, limit, REDUCE, VALUE, PARTIAL)
@@ -117,8 +127,9 @@ def outputs(
 
 @triton.jit
 def input_gradients(
-    X, W, AUX, LIMIT, GRAD, GX, NUMBERS,  # (N, G·C, H, W), (G, R, S, K, C), 3 × (N, G·K, OH, OW)
+    X, W, AUX, LIMIT, GRAD, GX, NUMBERS,  # x, (G, R, S, K, w_k), 3 × (N, G·K, OH, OW), x's
     pixels, C, K, H, WIDTH, OH, OW,  # pixels = N · H · WIDTH
+    w_k,  # C and what fills up the last tile
     x_n, x_c, x_h, x_w, a_n, a_k, a_h, a_w, y_n, y_k, y_h, y_w, gx_n, gx_c, gx_h, gx_w,
     pad_h, pad_w, dilation_h, dilation_w,  # of the convolution read backwards
     R: tl.constexpr, S: tl.constexpr, NHWC: tl.constexpr, REDUCE: tl.constexpr,
@@ -133,8 +144,8 @@ def input_gradients(
     group = tl.program_id(1)
     m = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    real_m, real_c = m < pixels, c < C
-    real = pixels_of(real_m, NHWC) & channels_of(real_c, NHWC)
+    real_m = m < pixels
+    real = pixels_of(real_m, NHWC) & channels_of(c < C, NHWC)
     image, row, column = (m // (H * WIDTH)).to(INDEX), m // WIDTH % H, m % WIDTH
     numbers = UNPACK(NUMBERS)
     at = pixels_of(image * x_n + row * x_h + column * x_w, NHWC)
@@ -143,7 +154,8 @@ def input_gradients(
     top, left = row - pad_h, column - pad_w
     corner = image * y_n + top * y_h + left * y_w + group * K * y_k
     corner_aux = image * a_n + top * a_h + left * a_w + group * K * a_k
-    filters = W + group * (R * S * K * C) + c
+    top = tl.where(real_m, top, NOWHERE)
+    filters = W + group * (R * S * K * w_k) + c
     if NHWC:
         total = tl.full((ROWS, CHANNELS), 0, SUM)
     else:
@@ -151,12 +163,12 @@ def input_gradients(
     for tap in range(R * S):
         r, s = tap // S, tap % S
         h, w = top + r * dilation_h, left + s * dilation_w
-        inside = real_m & (h >= 0) & (h < OH) & (w >= 0) & (w < OW)
+        inside = within(h, OH) & within(w, OW)
         at_y = corner + (r * dilation_h * y_h + s * dilation_w * y_w)
         at_aux = corner_aux + (r * dilation_h * a_h + s * dilation_w * a_w)
         for k in range(K):
             grad = tl.load(GRAD + at_y + k * y_k, mask=inside, other=0.0).to(SUM)
-            weight = tl.load(filters + (tap * K + k) * C, mask=real_c, other=0.0).to(SUM)
+            weight = tl.load(filters + (tap * K + k) * w_k).to(SUM)
             grad, weight = pixels_of(grad, NHWC), channels_of(weight, NHWC)
             limit, aux = grad, grad
             if REDUCE != "sum":
@@ -193,11 +205,12 @@ def weight_gradients(
     group, split = tl.program_id(1), tl.program_id(2)
     q = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    real = (k < K)[:, None] & (q < C * R * S)[None, :]
+    q, k = tl.minimum(q, C * R * S - 1), tl.minimum(k, K - 1)  # loads need no mask for them
     if NHWC:
         tap, c = q // C, q % C  # neighbours are channels
     else:
         tap, c = q % (R * S), q // (R * S)
-    real_q, real_k = q < C * R * S, k < K
     numbers = UNPACK(NUMBERS)
     pad = numbers[0].to(X.dtype.element_ty)
     down, right = tap // S * dilation_h - pad_h, tap % S * dilation_w - pad_w
@@ -205,26 +218,26 @@ def weight_gradients(
     filters, filters_aux = (group * K + k)[:, None] * y_k, (group * K + k)[:, None] * a_k
     down, right = channels_of(down, NHWC), channels_of(right, NHWC)
     at_w = (group * K + k)[:, None] * (C * R * S) + (c * (R * S) + tap)[None, :]
-    real = real_k[:, None] & real_q[None, :]
-    weight = tl.load(W + at_w, mask=real, other=0.0).to(SUM)
+    weight = tl.load(W + at_w).to(SUM)
     weight = weight[:, None, :] if NHWC else weight[:, :, None]
     if NHWC:
         total = tl.full((CHANNELS, DEPTH, ROWS), 0, SUM)
     else:
         total = tl.full((CHANNELS, ROWS, DEPTH), 0, SUM)
+    m = split * part + tl.arange(0, DEPTH)
+    image, row, column = (m // (OH * OW)).to(INDEX), m // OW % OH, m % OW
+    images, rows, columns = DEPTH // (OH * OW), DEPTH // OW % OH, DEPTH % OW  # of one step
     last = tl.minimum((split + 1) * part, pixels)
     for start in range(0, part, DEPTH):
-        m = split * part + start + tl.arange(0, DEPTH)
-        image, row, column = (m // (OH * OW)).to(INDEX), m // OW % OH, m % OW
         real_m = m < last
         row_x, column_x = row * stride_h, column * stride_w
-        h, w = down + pixels_of(row_x, NHWC), right + pixels_of(column_x, NHWC)
-        inside = (h >= 0) & (h < H) & (w >= 0) & (w < WIDTH)
-        inside &= pixels_of(real_m, NHWC) & channels_of(real_q, NHWC)
         at_x = taps + pixels_of(image * x_n + row_x * x_h + column_x * x_w, NHWC)
+        row_x = tl.where(real_m, row_x, NOWHERE)
+        inside = within(down + pixels_of(row_x, NHWC), H)
+        inside &= within(right + pixels_of(column_x, NHWC), WIDTH)
         pixel = tl.load(X + at_x, mask=inside, other=pad).to(SUM)[None, :, :]
         at_y = filters + (image * y_n + row * y_h + column * y_w)[None, :]
-        there = real_k[:, None] & real_m[None, :]
+        there = real_m[None, :]
         grad = tl.load(GRAD + at_y, mask=there, other=0.0).to(SUM)
         grad = grad[:, :, None] if NHWC else grad[:, None, :]
         limit, aux = grad, grad
@@ -239,5 +252,11 @@ def weight_gradients(
         if GUARD:
             term = tl.where(real_m[None, :, None] if NHWC else real_m[None, None, :], term, 0.0)
         total += term
+        m += DEPTH
+        column += columns
+        row += rows + (column >= OW).to(tl.int32)
+        image += images + (row >= OH).to(INDEX)
+        column = tl.where(column >= OW, column - OW, column)
+        row = tl.where(row >= OH, row - OH, row)
     found = ADDED(total, 1 if NHWC else 2)
     tl.store(PARTS + split * tl.num_programs(1) * K * (C * R * S) + at_w, found, mask=real)

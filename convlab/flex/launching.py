@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -84,8 +85,8 @@ def output_launch(call: Call, x, weight, aux, limit, y, numbers, partial: str | 
     g, k, c, r, s = _sizes(call, weight)
     n, _, oh, ow = y.shape
     pixels = n * oh * ow
-    filters = weight.unflatten(0, (g, -1)).permute(0, 3, 4, 2, 1).contiguous()  # G, R, S, C, K
-    sizes = pixels, c, k, *x.shape[2:], oh, ow
+    filters = _filled(weight.unflatten(0, (g, -1)).permute(0, 3, 4, 2, 1))  # G, R, S, C, K …
+    sizes = pixels, c, k, *x.shape[2:], oh, ow, filters.shape[4]
     strides = *x.stride(), *_strides(aux, y), *y.stride()
     steps = *call.stride, *call.pads, *call.dilation
     arguments = x, filters, aux, limit, y, numbers, *sizes, *strides, *steps
@@ -111,10 +112,10 @@ def input_launches(call: Call, x, weight, aux, limit, grad, gx, numbers) -> list
         pixels = x[:, :, i::down, j::right]
         if rows is None or columns is None or not pixels.numel():
             continue
-        taps = filters[..., rows.taps, columns.taps].permute(0, 3, 4, 1, 2).contiguous()
+        taps = _filled(filters[..., rows.taps, columns.taps].permute(0, 3, 4, 1, 2))
         target = gx[:, :, i::down, j::right]
         count = pixels[:, 0].numel()
-        sizes = count, c, taps.shape[3], *pixels.shape[2:], *grad.shape[2:]
+        sizes = count, c, taps.shape[3], *pixels.shape[2:], *grad.shape[2:], taps.shape[4]
         strides = *pixels.stride(), *_strides(aux, grad), *grad.stride(), *target.stride()
         steps = rows.padding, columns.padding, rows.dilation, columns.dilation
         tensors = pixels, taps, aux, limit, grad, target, numbers
@@ -199,6 +200,11 @@ def _check(x: Tensor, y: Tensor) -> None:
             f"{NAME} counts output pixels and the values of one image up to 2³⁰, got "
             f"x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}"
         )
+
+
+def _filled(filters: Tensor) -> Tensor:
+    """Filters with channels up to a whole number of tiles, which are then loaded unmasked."""
+    return F.pad(filters, (0, -filters.shape[-1] % tiles.WIDEST)).contiguous()
 
 
 def _numbers(x: Tensor, captured: Sequence[Tensor], pad_value: float) -> Tensor:

@@ -40,6 +40,7 @@ WEIGHT = (
     Tile(8, 8, 128, 4),
     Tile(16, 4, 128, 4),
 )
+WIDEST = max(t.channels for t in PIXELS)
 INTERPRETED = Tile(512, 16, 0, 4)  # an operation costs the same, however large
 INTERPRETED_WEIGHT = Tile(64, 16, 256, 4)
 
