@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from convlab.flex.combine import Combine, parse
-from convlab.flex.spelling import device_function, is_finite, simplified
+from convlab.flex.spelling import TYPES, device_function, is_finite, simplified
 
 REMEMBERED = 256  # functions whose modules are kept
 HEAD = '''"""{title}"""
@@ -20,11 +20,18 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 '''
-ONE = '''@triton.jit
+TAIL = '''@triton.jit
 def one(x, w, aux, numbers):
     """Counts."""
     return tl.full((), 1.0, {type})
+
+
+@triton.jit
+def exponential(x):
+    """exp for logsumexp."""
+    return {exp}(x)
 '''
+FAST = "libdevice.fast_expf"  # of float32: what is below 1e-38 is zero, with half the instructions
 
 
 def triton_source(
@@ -44,7 +51,8 @@ def triton_source(
 
 @functools.lru_cache(maxsize=REMEMBERED)
 def source(combine: Combine) -> str:
-    """Text of a module with `numbers`, `value`, `by_x`, `by_w`, `by_aux`, `by_1`, …, `one`."""
+    """Text of a module with `numbers`, `value`, `by_x`, `by_w`, `by_aux`, `by_c1`, …, `one`,
+    `exponential`."""
     names = arguments(combine)
     captured = names[combine.arity :]
     graph = simplified(combine.value)
@@ -53,7 +61,8 @@ def source(combine: Combine) -> str:
     for which, name in enumerate(partials(combine)):
         functions.append(device_function(graph, which, name, names))
     dtype = next(iter(graph.graph.nodes)).meta["val"].dtype
-    functions.append(ONE.format(type=str(dtype).replace("torch.", "tl.")))
+    exp = FAST if dtype == torch.float32 else "tl.exp"
+    functions.append(TAIL.format(type=TYPES[dtype], exp=exp))
     title = "combine and its derivatives, as generated for Triton."
     return "\n\n".join([HEAD.format(title=title), *functions])
 
@@ -72,8 +81,9 @@ def partials(combine: Combine) -> list[str]:
 
 @functools.lru_cache(maxsize=REMEMBERED)
 def finite(combine: Combine, which: int) -> bool:
-    """Whether the derivative by argument `which` is finite at finite arguments."""
-    return is_finite(simplified(combine.partials), which)
+    """Whether the value and the derivative by argument `which` are finite at finite arguments."""
+    value, partial = simplified(combine.value), simplified(combine.partials)
+    return is_finite(value, 0) and is_finite(partial, which)
 
 
 @functools.lru_cache(maxsize=REMEMBERED)

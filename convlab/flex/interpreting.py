@@ -12,15 +12,19 @@ import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 # libdevice's names where PyTorch has others
-NAMES = {"fmod": "fmod", "nearbyint": "round", "cyl_bessel_i0": "i0", "pow": "pow"}
-SPECIAL = {"erfcx": torch.special.erfcx}
+OTHERS = {
+    "nearbyint": torch.round,
+    "cyl_bessel_i0": torch.special.i0,
+    "erfcx": torch.special.erfcx,
+    "fast_expf": torch.exp,
+}
 
 
 class _Libdevice:
     """The functions of `triton.language.extra.libdevice` on interpreted tensors."""
 
     def __getattr__(self, name: str) -> Callable[..., tl.tensor]:
-        function = SPECIAL.get(name) or getattr(torch, NAMES.get(name, name))
+        function = OTHERS.get(name) or getattr(torch, name)
 
         def interpreted(*arguments: tl.tensor) -> tl.tensor:
             data = np.broadcast_arrays(*(a.handle.data for a in arguments))

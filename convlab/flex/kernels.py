@@ -15,6 +15,7 @@ import triton.language as tl
 
 NOWHERE = tl.constexpr(-(2**30))  # a row outside of every image
 
+
 @triton.jit
 def pixels_of(values, NHWC: tl.constexpr):
     """Values of pixels, spread along a tile whose last axis is what lies together in memory."""
@@ -35,14 +36,15 @@ def within(values, size):
 
 @triton.jit
 def slope(
-    x, w, aux, numbers, limit, REDUCE: tl.constexpr, VALUE: tl.constexpr, PARTIAL: tl.constexpr
+    x, w, aux, numbers, limit,
+    REDUCE: tl.constexpr, VALUE: tl.constexpr, PARTIAL: tl.constexpr, EXP: tl.constexpr,
 ):  # fmt: skip
     """The reduction's derivative by an argument of one term; limit: what the terms came to."""
     found = PARTIAL(x, w, aux, numbers)
     if REDUCE == "max":
         found = tl.where(VALUE(x, w, aux, numbers) >= limit, found, 0.0)
     if REDUCE == "logsumexp":
-        found = tl.exp(VALUE(x, w, aux, numbers) - limit) * found
+        found = EXP(VALUE(x, w, aux, numbers) - limit) * found
     return found
 
 
@@ -54,13 +56,15 @@ def outputs(
     x_n, x_c, x_h, x_w, a_n, a_k, a_h, a_w, y_n, y_k, y_h, y_w,  # strides in elements
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     R: tl.constexpr, S: tl.constexpr, NHWC: tl.constexpr, REDUCE: tl.constexpr,
-    VALUE: tl.constexpr, PARTIAL: tl.constexpr, UNPACK: tl.constexpr, LARGEST: tl.constexpr,
-    SUM: tl.constexpr, INDEX: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    VALUE: tl.constexpr, PARTIAL: tl.constexpr, UNPACK: tl.constexpr, EXP: tl.constexpr,
+    LARGEST: tl.constexpr, SUM: tl.constexpr, INDEX: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` output pixels by `CHANNELS` output channels of Y.
 
     Y is the reduction or, with a PARTIAL, its derivative: the sum of `slope`; LIMIT is then the
-    reduction. LARGEST: the largest finite sum. Loads per term: 1 / CHANNELS of x, 1 / ROWS of the weight.
+    reduction. LARGEST: the largest finite sum. Loads per term: 1 / CHANNELS of x, 1 / ROWS of
+    the weight.
     """
     blocks = (K + CHANNELS - 1) // CHANNELS
     group = tl.program_id(1)
@@ -104,7 +108,8 @@ def outputs(
             weight = tl.load(filters + (tap * C + c) * w_c).to(SUM)
             pixel, weight = pixels_of(pixel, NHWC), channels_of(weight, NHWC)
             if PARTIAL is not None:
-                total += slope(pixel, weight, aux, numbers, limit, REDUCE, VALUE, PARTIAL)
+                found = slope(pixel, weight, aux, numbers, limit, REDUCE, VALUE, PARTIAL, EXP)
+                total += found
             else:
                 term = VALUE(pixel, weight, aux, numbers)
                 if REDUCE == "sum":
@@ -114,7 +119,7 @@ def outputs(
                 else:  # relative to the largest term so far: one exponential per term
                     higher = tl.maximum(limit, term)
                     lower = tl.minimum(limit, term, propagate_nan=tl.PropagateNan.ALL)
-                    share = tl.exp(lower - tl.minimum(higher, LARGEST))
+                    share = EXP(lower - tl.minimum(higher, LARGEST))
                     total = tl.where(term > limit, total * share + 1.0, total + share)
                     limit = higher
     if PARTIAL is None:
@@ -133,8 +138,9 @@ def input_gradients(
     x_n, x_c, x_h, x_w, a_n, a_k, a_h, a_w, y_n, y_k, y_h, y_w, gx_n, gx_c, gx_h, gx_w,
     pad_h, pad_w, dilation_h, dilation_w,  # of the convolution read backwards
     R: tl.constexpr, S: tl.constexpr, NHWC: tl.constexpr, REDUCE: tl.constexpr,
-    VALUE: tl.constexpr, PARTIAL: tl.constexpr, UNPACK: tl.constexpr, GUARD: tl.constexpr,
-    SUM: tl.constexpr, INDEX: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    VALUE: tl.constexpr, PARTIAL: tl.constexpr, UNPACK: tl.constexpr, EXP: tl.constexpr,
+    GUARD: tl.constexpr, SUM: tl.constexpr, INDEX: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` pixels of x by `CHANNELS` input channels of GX, from all outputs that they reach.
 
@@ -177,7 +183,8 @@ def input_gradients(
             if AUX is not None:
                 aux = tl.load(AUX + at_aux + k * a_k, mask=inside, other=0.0)
                 aux = pixels_of(aux.to(SUM), NHWC)
-            term = grad * slope(pixel, weight, aux, numbers, limit, REDUCE, VALUE, PARTIAL)
+            term = slope(pixel, weight, aux, numbers, limit, REDUCE, VALUE, PARTIAL, EXP)
+            term *= grad
             if GUARD:
                 term = tl.where(pixels_of(inside, NHWC), term, 0.0)
             total += term
@@ -193,8 +200,8 @@ def weight_gradients(
     x_n, x_c, x_h, x_w, a_n, a_k, a_h, a_w, y_n, y_k, y_h, y_w,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     R: tl.constexpr, S: tl.constexpr, NHWC: tl.constexpr, REDUCE: tl.constexpr,
-    VALUE: tl.constexpr, PARTIAL: tl.constexpr, UNPACK: tl.constexpr, GUARD: tl.constexpr,
-    ADDED: tl.constexpr, SUM: tl.constexpr, INDEX: tl.constexpr,
+    VALUE: tl.constexpr, PARTIAL: tl.constexpr, UNPACK: tl.constexpr, EXP: tl.constexpr,
+    GUARD: tl.constexpr, ADDED: tl.constexpr, SUM: tl.constexpr, INDEX: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One part of the weight's gradient: `ROWS` of C·R·S by `CHANNELS` of K, `DEPTH` pixels a step.
@@ -228,7 +235,7 @@ def weight_gradients(
     image, row, column = (m // (OH * OW)).to(INDEX), m // OW % OH, m % OW
     images, rows, columns = DEPTH // (OH * OW), DEPTH // OW % OH, DEPTH % OW  # of one step
     last = tl.minimum((split + 1) * part, pixels)
-    for start in range(0, part, DEPTH):
+    for _ in range(0, part, DEPTH):
         real_m = m < last
         row_x, column_x = row * stride_h, column * stride_w
         at_x = taps + pixels_of(image * x_n + row_x * x_h + column_x * x_w, NHWC)
@@ -248,7 +255,7 @@ def weight_gradients(
             at_aux = filters_aux + (image * a_n + row * a_h + column * a_w)[None, :]
             aux = tl.load(AUX + at_aux, mask=there, other=0.0).to(SUM)
             aux = aux[:, :, None] if NHWC else aux[:, None, :]
-        term = grad * slope(pixel, weight, aux, numbers, limit, REDUCE, VALUE, PARTIAL)
+        term = slope(pixel, weight, aux, numbers, limit, REDUCE, VALUE, PARTIAL, EXP) * grad
         if GUARD:
             term = tl.where(real_m[None, :, None] if NHWC else real_m[None, None, :], term, 0.0)
         total += term

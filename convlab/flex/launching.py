@@ -124,7 +124,7 @@ def input_launches(call: Call, x, weight, aux, limit, grad, gx, numbers) -> list
             return triton.cdiv(count, tile["ROWS"]) * triton.cdiv(c, tile["CHANNELS"]), g
 
         constants = _constants(call, x, taps.shape[1:3], "by_x", (x, grad))
-        constants["GUARD"] = not generating.finite(call.combine, 0) or call.reduce == "logsumexp"
+        constants["GUARD"] = not generating.finite(call.combine, 0)
         found.append(Launch(input_gradients, grid, (*tensors, *sizes, *strides, *steps), constants))
     return found
 
@@ -150,7 +150,7 @@ def weight_launch(call: Call, x, weight, aux, limit, grad, numbers) -> Launch | 
         return across, g, splits
 
     constants = _constants(call, x, (r, s), "by_w", (x, grad))
-    constants["GUARD"] = not generating.finite(call.combine, 1) or call.reduce == "logsumexp"
+    constants["GUARD"] = not generating.finite(call.combine, 1)
     constants["ADDED"] = tl.sum
     return Launch(weight_gradients, grid, (*tensors, *sizes, *strides, *steps), constants)
 
@@ -165,12 +165,13 @@ def _constants(call: Call, x: Tensor, taps, partial: str | None, tensors) -> dic
         "VALUE": functions.value,
         "PARTIAL": partial and getattr(functions, partial),
         "UNPACK": functions.numbers,
+        "EXP": functions.exponential,
         "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32,
         "INDEX": tl.int64 if max(map(_extent, tensors)) > INT32 else tl.int32,
     }
 
 
-FUNCTIONS = ("VALUE", "PARTIAL", "UNPACK", "ADDED")
+FUNCTIONS = ("VALUE", "PARTIAL", "UNPACK", "EXP", "ADDED")
 
 
 def _start(launch: Launch) -> Tensor:
