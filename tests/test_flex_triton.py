@@ -36,28 +36,28 @@ FUNCTIONS = {
     "soft minimum": lambda x, w: torch.logaddexp(x / TEMPERATURE, w / TEMPERATURE),
     "clamped": lambda x, w: (x * w).clamp(-0.5, 0.9) - torch.minimum(x, w),
     "x only": lambda x, w: torch.sigmoid(x),
-    "constant": lambda x, w: torch.full_like(x, 0.1),
+    "constant": lambda x, w: torch.full_like(x, 0.1) * SLOPE.squeeze(),
     "a band": lambda x, w: torch.where((x > w - 0.5) & ~(x > w + 0.5), torch.sin(x), w.abs()),
 }
 WITH_AUX = {
     "threshold": lambda x, w, t: F.relu(x * w - t),
     "normalised": lambda x, w, s: TEMPERATURE * x * w / (1 + s * s),
 }
+OPERATIONS = [
+    *(torch.neg, torch.abs, torch.exp, torch.exp2, torch.log, torch.log2, torch.log10, torch.log1p),
+    *(torch.expm1, torch.sqrt, torch.rsqrt, torch.reciprocal, torch.square, torch.sin, torch.cos),
+    *(torch.tan, torch.asin, torch.acos, torch.atan, torch.sinh, torch.cosh, torch.tanh),
+    *(torch.asinh, torch.atanh, torch.erf, torch.erfc, torch.erfinv, torch.sigmoid, torch.sign),
+    *(torch.floor, torch.ceil, torch.round, torch.trunc, torch.frac, torch.sinc, torch.deg2rad),
+    *(torch.relu, torch.logit, torch.i0, torch.nan_to_num, torch.special.erfcx, F.silu, F.gelu),
+    *(F.elu, F.selu, F.celu, F.mish, F.softplus, F.softsign, F.hardtanh, F.hardswish),
+    *(F.hardsigmoid, F.logsigmoid, F.leaky_relu, F.relu6, F.tanhshrink, F.softshrink),
+    F.hardshrink,
+]
 UNARY = {
-    **{
-        name: getattr(torch, name)
-        for name in "neg abs exp exp2 log log2 log10 log1p expm1 sqrt rsqrt reciprocal square sin "
-        "cos tan asin acos atan sinh cosh tanh asinh atanh erf erfc erfinv sigmoid sign floor ceil "
-        "round trunc frac sinc deg2rad relu logit lgamma i0 nan_to_num".split()
-    },
-    **{
-        name: getattr(F, name)
-        for name in "silu gelu elu selu celu mish softplus softsign hardtanh hardswish hardsigmoid "
-        "logsigmoid leaky_relu relu6 tanhshrink softshrink hardshrink".split()
-    },
+    **{function.__name__: function for function in OPERATIONS},
     "gelu, tanh": lambda x: F.gelu(x, approximate="tanh"),
     "acosh": lambda x: torch.acosh(x + 1.5),
-    "erfcx": torch.special.erfcx,
     "pow 2.5": lambda x: x**2.5,
     "2 to the x": lambda x: 2.0**x,
     "x to the x": lambda x: x**x,
@@ -87,7 +87,7 @@ EACH = [
     ConvProblem(2, 3, 5, 8, 7, kernel_size=(2, 5), padding="same", dilation=(2, 1)),
     ConvProblem(1, 4, 2, 5, 5, kernel_size=1, stride=3),  # most pixels reach no output
     ConvProblem(1, 2, 3, 5, 5, kernel_size=3, padding=6, dilation=2),
-    ConvProblem(3, 40, 18, 16, 15, kernel_size=2),  # several tiles
+    ConvProblem(3, 18, 18, 16, 15, kernel_size=2),  # several tiles
 ]
 
 
@@ -197,14 +197,15 @@ def test_shorter_types_are_added_in_float32(dtype, reduce):
     """Rounded once: as near to float64 as the type allows."""
     problem, function = EACH[6], FUNCTIONS["|x − w|"]
     x, weight = (t.detach().to(dtype).requires_grad_() for t in tensors_of(problem)[:2])
-    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
-    pad = {torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
+    exact = (t.detach().double().requires_grad_() for t in (x, weight))
+    roundoff = 4e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     ours = found(problem, function, reduce, "triton", (x, weight, None))
-    for value, true in zip(ours, found(problem, function, reduce, "eager", (*exact, None))):
+    exact = found(problem, function, reduce, "eager", (*exact, None))
+    for value, true in zip(ours, exact, strict=True):
         assert value.dtype == dtype
-        if reduce == "max" or value is ours[0]:
-            limit = pad * float(true.abs().max())
-            torch.testing.assert_close(value.double(), true, rtol=0.0, atol=limit * 4)
+        if reduce != "max" or value is ours[0]:  # a rounded maximum may be another term's
+            limit = roundoff * float(true.abs().max())
+            torch.testing.assert_close(value.double(), true, rtol=0.0, atol=limit)
 
 
 @pytest.mark.parametrize("reduce", ["max", "logsumexp"])
@@ -262,7 +263,7 @@ def test_repeatable_bit_for_bit(reduce):
 def test_every_tile_that_ships(kind, monkeypatch):
     from convlab.flex import tiles
 
-    problem = ConvProblem(2, 5, 20, 12, 11, kernel_size=3, padding=1, stride=(1, 2))
+    problem = ConvProblem(2, 2, 20, 11, 10, kernel_size=(3, 2), padding=1, stride=(1, 2))
     name = "INTERPRETED_WEIGHT" if kind == "WEIGHT" else "INTERPRETED"
     for tile in getattr(tiles, kind):
         monkeypatch.setattr(tiles, name, tile)
@@ -285,7 +286,7 @@ def test_every_size_has_a_tile():
 
 
 def test_gradients_of_first_and_second_order():
-    problem = ConvProblem(1, 2, 2, 3, 3, kernel_size=2, padding=1)
+    problem = ConvProblem(1, 2, 1, 2, 2, kernel_size=2, padding=1)
     tensors = problem.inputs(dtype=torch.float64, requires_grad=True)[:2]
 
     def f(x, weight):
@@ -307,7 +308,7 @@ def test_one_image_and_none():
 def test_the_source_can_be_read():
     text = triton_source(lambda x, w: torch.exp(-TEMPERATURE * (x - w).abs()), torch.float64)
     assert text.count("tl.exp(") >= 4
-    assert "def value(x, w, aux, numbers):\n    t0 = x - w\n    t1 = tl.abs(t0)\n" in text
+    assert "def value(x, w, aux, numbers):\n    t0 = -numbers[1]\n    t1 = x - w\n" in text
     for name in ("by_x", "by_w", "by_c1", "one"):
         assert f"def {name}(x, w, aux, numbers):" in text
     assert "tl.float64" in text
@@ -330,7 +331,7 @@ def test_a_captured_number_is_read_at_each_call():
 def test_says_why_not(monkeypatch):
     problem = ConvProblem(1, 2, 3, 4, 4, kernel_size=3)
     x, weight, _ = problem.inputs()
-    with pytest.raises(ValueError, match=r'aten\.digamma.* backend="triton".*backend="eager"'):
+    with pytest.raises(ValueError, match=r'uses digamma, .*"triton".*backend="eager"'):
         flex_conv2d(x, weight, lambda x, w: torch.digamma(x * w + 9), backend="triton")
     from convlab.kernels import running
 

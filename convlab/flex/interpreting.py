@@ -15,6 +15,7 @@ from triton.runtime.interpreter import TensorHandle
 OTHERS = {
     "nearbyint": torch.round,
     "cyl_bessel_i0": torch.special.i0,
+    "cyl_bessel_i1": torch.special.i1,
     "erfcx": torch.special.erfcx,
     "fast_expf": torch.exp,
 }

@@ -24,7 +24,8 @@ TYPES = {
 NAN = "propagate_nan=tl.PropagateNan.ALL"
 MAXIMUM, MINIMUM = (f"tl.{name}({{0}}, {{1}}, {NAN})" for name in ("maximum", "minimum"))
 
-# Arguments are first made to be of the result's type.
+# Arguments are first made to be of the result's type. Beside an operator a number takes the type of
+# the other side; given to a function it must have one.
 ARITHMETIC = {
     "add": "{0} + {1}",
     "sub": "{0} - {1}",
@@ -35,29 +36,40 @@ ARITHMETIC = {
     "sgn": "({0} > 0).to({type}) - ({0} < 0).to({type})",
     "sign": "({0} > 0).to({type}) - ({0} < 0).to({type})",
     "reciprocal": "1.0 / {0}",
+    "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))",
+    "rsqrt": "1.0 / tl.sqrt({0})",
+}
+FUNCTIONS = {
     "maximum": MAXIMUM,
     "minimum": MINIMUM,
+    "fmax": "tl.maximum({0}, {1})",
+    "fmin": "tl.minimum({0}, {1})",
     "relu": f"tl.maximum({{0}}, 0.0, {NAN})",
-    "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))",
     "exp": "tl.exp({0})",
     "exp2": "tl.exp2({0})",
     "log": "tl.log({0})",
     "log2": "tl.log2({0})",
     "sqrt": "tl.sqrt({0})",
-    "rsqrt": "1.0 / tl.sqrt({0})",
     "sin": "tl.sin({0})",
     "cos": "tl.cos({0})",
     "erf": "tl.erf({0})",
     "floor": "tl.floor({0})",
     "ceil": "tl.ceil({0})",
+    "hardshrink_backward": "tl.where(tl.abs({1}) <= {2}, 0.0, {0})",
+    "softshrink_backward": "tl.where(tl.abs({1}) <= {2}, 0.0, {0})",
+    "remainder": (
+        "tl.where((libdevice.fmod({0}, {1}) != 0) & ((libdevice.fmod({0}, {1}) < 0) != ({1} < 0)), "
+        "libdevice.fmod({0}, {1}) + {1}, libdevice.fmod({0}, {1}))"
+    ),
 }
 LIBDEVICE = {
     **{name: name for name in ("sinh", "cosh", "tanh", "tan", "asin", "acos", "atan", "atan2")},
     **{name: name for name in ("asinh", "acosh", "atanh", "expm1", "log1p", "log10", "hypot")},
-    **{name: name for name in ("erfc", "erfinv", "lgamma", "fmod", "trunc", "copysign")},
+    **{name: name for name in ("erfc", "erfinv", "fmod", "trunc", "copysign")},
     "round": "nearbyint",
     "special_erfcx": "erfcx",
     "i0": "cyl_bessel_i0",
+    "special_i1": "cyl_bessel_i1",
 }
 POWERS = {0.5: "tl.sqrt({0})", 1: "{0}", 2: "{0} * {0}", 3: "{0} * {0} * {0}"}
 # Arguments are first made to be of one type, or to be true or false.
@@ -91,12 +103,23 @@ CONSTANT = {"ones_like": 1, "zeros_like": 0}
 FILLED = {"full": 1, "full_like": 1, "scalar_tensor": 0}  # which argument is the value
 OTHERS = ("where", "clamp", "pow", "_to_copy")
 SPELLED = {
-    *(*ARITHMETIC, *LIBDEVICE, *TESTS, *LOGICAL, *BITWISE, *SAME, *CONSTANT, *FILLED, *OTHERS)
+    *(
+        *ARITHMETIC,
+        *FUNCTIONS,
+        *LIBDEVICE,
+        *TESTS,
+        *LOGICAL,
+        *BITWISE,
+        *SAME,
+        *CONSTANT,
+        *FILLED,
+        *OTHERS,
+    )
 }
 INFINITE = {  # at some finite number; the others, multiplied by zero, are zero
     *("div", "reciprocal", "sqrt", "rsqrt", "log", "log2", "log10", "log1p", "pow", "fmod"),
     *("exp", "exp2", "expm1", "sinh", "cosh", "hypot", "tan", "asin", "acos", "acosh", "atanh"),
-    *("erfinv", "lgamma", "special_erfcx", "i0"),
+    *("erfinv", "special_erfcx", "i0", "special_i1", "remainder"),
 }
 
 
@@ -118,7 +141,12 @@ def simplified(graph: GraphModule) -> GraphModule:
 @functools.cache
 def _decompositions() -> dict[Callable, Callable]:
     known = torch._decomp.decomposition_table
-    return {op: rule for op, rule in known.items() if _name(op) not in SPELLED}
+    rounded = ("Tensor_mode", "Scalar_mode")  # division, rounded
+    return {
+        op: rule
+        for op, rule in known.items()
+        if _name(op) not in SPELLED or op._overloadname in rounded
+    }
 
 
 def device_function(graph: GraphModule, which: int | None, name: str, arguments: list[str]) -> str:
@@ -204,7 +232,7 @@ class _Spelling:
             return self.operand(given[0], dtype)
         if name == "where":
             given, tested = given[1:], self.operand(given[0], torch.bool)
-            return f"tl.where({tested}, {', '.join(self.operand(a, dtype) for a in given)})"
+            return f"tl.where({tested}, {', '.join(self._typed(given, dtype))})"
         if dtype == torch.bool and name in ("mul", "add"):
             name = "logical_and" if name == "mul" else "logical_or"
         if name in LOGICAL or name == "logical_not" or (name in BITWISE and dtype == torch.bool):
@@ -214,41 +242,43 @@ class _Spelling:
             return TESTS[name].format(*(self.operand(a, _common(given)) for a in given))
         if name == "pow":
             return self._power(*given)
-        if name in LIBDEVICE and dtype in (torch.float32, torch.float64):
-            sides = [
-                self.operand(a, dtype) if isinstance(a, Node) else _constant(a, dtype)
-                for a in given
-            ]
-            return f"libdevice.{LIBDEVICE[name]}({', '.join(sides)})"
         if name == "clamp":
             return self._clamp(*given, dtype=dtype)
-        if len(given) > 2 or node.kwargs.get("rounding_mode") or name not in ARITHMETIC:
+        if name in LIBDEVICE and dtype in (torch.float32, torch.float64):
+            return f"libdevice.{LIBDEVICE[name]}({', '.join(self._typed(given, dtype))})"
+        if name in FUNCTIONS:
+            return FUNCTIONS[name].format(*self._typed(given, dtype))
+        if name not in ARITHMETIC or len(given) > 2 or node.kwargs.get("rounding_mode"):
             raise _unspellable(node)
         sides = [self.operand(a, dtype) for a in given]
         if node.kwargs.get("alpha", 1) != 1:
             sides[1] = f"{_literal(node.kwargs['alpha'], dtype)} * {sides[1]}"
         return ARITHMETIC[name].format(*sides, type=TYPES[dtype])
 
+    def _typed(self, values, dtype: torch.dtype) -> list[str]:
+        """Operands that have this type by themselves."""
+        return [
+            self.operand(a, dtype) if isinstance(a, Node) else _constant(a, dtype) for a in values
+        ]
+
     def _clamp(self, value, low=None, high=None, *, dtype: torch.dtype) -> str:
         text = self.operand(value, dtype)
-        for bound, name in ((low, "maximum"), (high, "minimum")):
+        for bound, form in ((low, MAXIMUM), (high, MINIMUM)):
             if bound is not None:
-                text = ARITHMETIC[name].format(text, self.operand(bound, dtype))
+                text = form.format(text, *self._typed([bound], dtype))
         return text
 
     def _power(self, base, exponent) -> str:
         dtype = next(a for a in (base, exponent) if isinstance(a, Node)).meta["val"].dtype
-        left = self.operand(base, dtype) if isinstance(base, Node) else _constant(base, dtype)
-        if isinstance(exponent, Node):
-            return f"libdevice.pow({left}, {self.operand(exponent, dtype)})"
-        if exponent in POWERS:
-            return POWERS[exponent].format(left)
-        return f"libdevice.pow({left}, {_constant(exponent, dtype)})"
+        if not isinstance(exponent, Node) and exponent in POWERS:
+            return POWERS[exponent].format(self.operand(base, dtype))
+        return f"libdevice.pow({', '.join(self._typed([base, exponent], dtype))})"
 
 
 def _unspellable(node: Node) -> Unspellable:
     return Unspellable(
-        f'combine uses {node.target}, which backend="triton" has no spelling for; '
+        f'combine uses {_name(node.target).split(".")[-1]}, which backend="triton" has no spelling '
+        "for, here or in a derivative; "
         'backend="inductor" or backend="eager" can compute it'
     )
 
