@@ -51,7 +51,7 @@ OPERATIONS = [
     *(torch.floor, torch.ceil, torch.round, torch.trunc, torch.frac, torch.sinc, torch.deg2rad),
     *(torch.relu, torch.logit, torch.i0, torch.nan_to_num, torch.special.erfcx, F.silu, F.gelu),
     *(F.elu, F.selu, F.celu, F.mish, F.softplus, F.softsign, F.hardtanh, F.hardswish),
-    *(F.hardsigmoid, F.logsigmoid, F.leaky_relu, F.relu6, F.tanhshrink, F.softshrink),
+    *(F.logsigmoid, F.leaky_relu, F.relu6, F.tanhshrink, F.softshrink),
     F.hardshrink,
 ]
 UNARY = {
@@ -77,7 +77,8 @@ UNARY = {
     "counted": lambda x: (x > 0.5) * x + (x < 0.3) * 2,
     "floor division": lambda x: torch.div(x * 5, 0.7, rounding_mode="floor") + x,
     "rsub": lambda x: torch.rsub(x, 1.0, alpha=2),
-    "half way": lambda x: x.to(torch.float32).to(x.dtype) + x,
+    "cast": lambda x: (x * 5).to(torch.int32).to(x.dtype) + x,
+    "clamped below": lambda x: x.clamp_min(0.4) * x,
 }
 
 EACH = [

@@ -100,7 +100,7 @@ class _Flex(torch.autograd.Function):
             y = running.forward(call, _pad(x, *surround), weight.contiguous(), aux, captured)
         kept = None if call.reduce == "sum" else y
         ctx.save_for_backward(x, weight, aux, kept, *captured)
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):

@@ -35,6 +35,9 @@ MULTIPROCESSORS = 132  # where no GPU is asked: an H100's or H200's
 def forward(call: Call, x: Tensor, weight: Tensor, aux, captured, pad_value: float) -> Tensor:
     """x (N, C, H, W), weight (K, C / groups, R, S) → y (N, K, OH, OW), in NHWC where x is.
 
+    Of short floats y is float32 where the gradients need it (all but "sum"): rounded, it would
+    not tell which term is the largest, nor what the share of each is.
+
     Raises:
         ValueError: the device or the size is none for these kernels.
     """
@@ -51,7 +54,6 @@ def gradients(
     numbers = _numbers(x, captured, pad_value)
     grad, limit = _laid_out(grad, x), (None if call.reduce == "sum" else _laid_out(y, x))
     if call.reduce == "max":
-        limit = limit.to(_sums(x))
         limit = limit - TIES * torch.finfo(y.dtype).eps * limit.abs().nan_to_num(posinf=0.0)
 
     def sensitivity(which: str) -> Tensor:
@@ -221,7 +223,7 @@ def _sizes(call: Call, weight: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def _empty_output(call: Call, x: Tensor, weight: Tensor) -> Tensor:
-    made = {"dtype": x.dtype, "device": x.device}
+    made = {"dtype": x.dtype if call.reduce == "sum" else _sums(x), "device": x.device}
     return torch.empty(len(x), len(weight), *call.size, **made, memory_format=_format(x))
 
 

@@ -69,7 +69,8 @@ LIBDEVICE = {
     "round": "nearbyint",
     "special_erfcx": "erfcx",
     "i0": "cyl_bessel_i0",
-    "special_i1": "cyl_bessel_i1",
+    "bessel_i0": "cyl_bessel_i0",
+    "bessel_i1": "cyl_bessel_i1",
 }
 POWERS = {0.5: "tl.sqrt({0})", 1: "{0}", 2: "{0} * {0}", 3: "{0} * {0} * {0}"}
 # Arguments are first made to be of one type, or to be true or false.
@@ -81,27 +82,29 @@ TESTS = {
     "eq": "{0} == {1}",
     "ne": "{0} != {1}",
     "isnan": "{0} != {0}",
+    "signbit": "({0} < 0) | (({0} == 0) & (1.0 / {0} < 0))",
     "isinf": 'tl.abs({0}) == float("inf")',
 }
 LOGICAL = {
     "logical_and": "{0} & {1}",
     "logical_or": "{0} | {1}",
-    "logical_xor": "{0} ^ {1}",
+    "logical_xor": "{0} != {1}",
     "logical_not": "{0} == 0",
 }
 BITWISE = {
     "bitwise_and": "{0} & {1}",
     "bitwise_or": "{0} | {1}",
-    "bitwise_xor": "{0} ^ {1}",
+    "bitwise_xor": "{0} != {1}",
     "bitwise_not": "{0} == 0",
 }
 SAME = {
-    *("alias", "detach", "clone", "lift_fresh", "lift_fresh_copy"),
+    *("alias", "detach", "clone", "lift_fresh", "lift_fresh_copy", "_to_copy"),
+    *("convert_element_type", "view_of"),
     *("view", "expand", "reshape", "unsqueeze", "squeeze"),
 }
 CONSTANT = {"ones_like": 1, "zeros_like": 0}
 FILLED = {"full": 1, "full_like": 1, "scalar_tensor": 0}  # which argument is the value
-OTHERS = ("where", "clamp", "pow", "_to_copy")
+OTHERS = ("where", "clamp", "pow")
 SPELLED = {
     *(
         *ARITHMETIC,
@@ -119,7 +122,7 @@ SPELLED = {
 INFINITE = {  # at some finite number; the others, multiplied by zero, are zero
     *("div", "reciprocal", "sqrt", "rsqrt", "log", "log2", "log10", "log1p", "pow", "fmod"),
     *("exp", "exp2", "expm1", "sinh", "cosh", "hypot", "tan", "asin", "acos", "acosh", "atanh"),
-    *("erfinv", "special_erfcx", "i0", "special_i1", "remainder"),
+    *("erfinv", "special_erfcx", "i0", "bessel_i0", "bessel_i1", "remainder"),
 }
 
 
@@ -184,9 +187,8 @@ def _results(graph: GraphModule) -> tuple[Node, ...]:
 
 
 def _name(target: Callable) -> str:
-    packet = getattr(target, "overloadpacket", target)
-    namespace, _, name = str(packet).partition(".")
-    return name if namespace == "aten" else str(packet)
+    """Of an operation of aten or prims, which mean the same by a name, without its overload."""
+    return str(getattr(target, "overloadpacket", target)).rpartition(".")[2]
 
 
 class _Spelling:
@@ -228,7 +230,7 @@ class _Spelling:
         if name == "mul" and (ones := [_is_one(a) for a in given]) != [False, False]:
             text = self.operand(given[1 - ones.index(True)], dtype)
             return text if text.isidentifier() else f"{text} * 1.0"
-        if name in SAME or name == "_to_copy":
+        if name in SAME:
             return self.operand(given[0], dtype)
         if name == "where":
             given, tested = given[1:], self.operand(given[0], torch.bool)
@@ -277,7 +279,7 @@ class _Spelling:
 
 def _unspellable(node: Node) -> Unspellable:
     return Unspellable(
-        f'combine uses {_name(node.target).split(".")[-1]}, which backend="triton" has no spelling '
+        f'combine uses {_name(node.target)}, which backend="triton" has no spelling '
         "for, here or in a derivative; "
         'backend="inductor" or backend="eager" can compute it'
     )
