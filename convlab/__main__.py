@@ -1,4 +1,4 @@
-"""`python -m convlab reproduce / record / verdicts`."""
+"""`python -m convlab reproduce / record / verdicts / diagnose`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,27 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(command=verdicts)
     sub.add_argument("--machine", help="only machines whose name contains this")
     sub.add_argument("files", nargs="*", type=Path, help="record files; default: data/records/")
+    text = "where the time of your own layer goes, why, and what to try first"
+    sub = commands.add_parser("diagnose", help=text, description=text)
+    sub.set_defaults(command=diagnose)
+    sub.add_argument("target", help="FILE.py:LAYER or PACKAGE.MODULE:LAYER")
+    sub.add_argument("--input", type=_shape, required=True, help="N,C,H,W of the images")
+    text = "of the constructor, as in a call: --args '16, 32, kernel_size=3'"
+    sub.add_argument("--args", default="", metavar="ARGUMENTS", help=text)
+    sub.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    sub.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    sub.add_argument("--eval", action="store_true", help="in eval mode; default: in train mode")
+    sub.add_argument("--quick", action="store_true", help="fewer rounds")
+    sub.add_argument("--html", type=Path, metavar="FILE", help="also as a page with figures")
     return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """ "256,64,32,32" → sizes of a batch of images."""
+    sizes = text.split(",")
+    if len(sizes) != 4 or not all(s.strip().isdecimal() and int(s) > 0 for s in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is no N,C,H,W of four positive integers")
+    return tuple(map(int, sizes))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -126,6 +146,35 @@ def verdicts(options: argparse.Namespace) -> int:
         raise ValueError(f"there are no records{asked}; machines recorded: {known}")
     for found in groups.values():
         Console().print(verdict_table(experiments.last_session(found, "step")))
+    return 0
+
+
+def diagnose(options: argparse.Namespace) -> int:
+    """Diagnose a layer of the reader's own on random images."""
+    import torch
+
+    from convlab import diagnosing
+    from convlab.diagnosing.loading import load
+    from convlab.problem import parse_device
+
+    _set_threads(options.threads)
+    device = parse_device(options.device)
+    if options.html and not options.html.absolute().parent.is_dir():
+        raise ValueError(f"--html must lie in an existing folder, got {str(options.html)!r}")
+    torch.manual_seed(0)
+    layer = load(options.target, options.args).to(device).train(not options.eval)
+    x = torch.randn(options.input, device=device)
+    console = Console(stderr=True)
+    found = diagnosing.diagnose(
+        layer,
+        x,
+        quick=options.quick,
+        progress=lambda text: console.print(f"{text} …", soft_wrap=True, highlight=False),
+    )
+    Console().print(found)
+    if options.html:
+        found.save_html(options.html)
+        console.print(f"Page: {escape(_short(options.html))}", soft_wrap=True, highlight=False)
     return 0
 
 

@@ -348,6 +348,36 @@ def _rows_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
     return _chunk_backward("k copies", 2 * kw * p.stride[0], kh)(p, s)
 
 
+def _implicit_gemm_forward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    return [("product", "tile by tile, columns in registers", s.x + s.weight, s.y, flops(p), 1)]
+
+
+def _implicit_gemm_backward(p: ConvProblem, s: Sizes) -> list[tuple]:
+    sums = partial_sums(p) * s.weight
+    phases = p.stride[0] * p.stride[1]
+    reached = math.prod(
+        min(stride // math.gcd(stride, dilation), kernel)
+        for stride, dilation, kernel in zip(p.stride, p.dilation, p.kernel_size)
+    )
+    read = reached * s.y + s.weight  # every phase that taps reach reads y's gradient
+    return [
+        ("product", "gradient of x, phase by phase", read, s.x, flops(p), phases),
+        ("product", "gradient of weight, in parts", s.y + s.x, sums, flops(p), 1),
+        ("product", "the parts added up", sums, s.weight, 0, 1),
+    ]
+
+
+PROGRAMS = 528  # that share the weight's gradient: four on each multiprocessor of an H100
+PART = 512  # pixels of y at least in a part of it
+
+
+def partial_sums(p: ConvProblem, programs: int = PROGRAMS) -> int:
+    """Parts into which `implicit_gemm` cuts the sum over y's pixels, so that the GPU is full."""
+    n, k, oh, ow = p.output_shape
+    tiles = p.groups * -(-p.taps // 128) * -(-(k // p.groups) // 64)
+    return max(1, min(programs // tiles, -(-n * oh * ow // PART)))
+
+
 # A single image's matrix, transposed, is what BLAS takes as it is.
 NOT_FOR_ONE_IMAGE = (
     "weight repeated for every image",
@@ -384,6 +414,8 @@ STEPS: dict[tuple[str, str], Callable[[ConvProblem, Sizes], list[tuple]]] = {
     ("winograd", "backward"): _winograd_backward,
     ("fused", "forward"): _fused_forward,
     ("fused", "backward"): _fused_backward,
+    ("implicit_gemm", "forward"): _implicit_gemm_forward,
+    ("implicit_gemm", "backward"): _implicit_gemm_backward,
     ("compiled", "forward"): _batched_forward,
     ("compiled", "backward"): _batched_backward,
 }

@@ -239,6 +239,14 @@ def free_bytes(device: str | torch.device = "cpu") -> int:
     return psutil.virtual_memory().available
 
 
+def physical_cores() -> int:
+    """Cores without hyper-threads, of those that this process may use."""
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(min(psutil.cpu_count(logical=False) or 1, usable or 1), 1)
+
+
 @functools.cache
 def cache_bytes(device: str | torch.device = "cpu") -> int:
     """The L2 cache: of one core on the CPU (1 MiB where the system does not say), of the GPU."""

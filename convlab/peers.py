@@ -15,6 +15,8 @@ from convlab.algorithms.compiled import specialised
 from convlab.algorithms.thread import output_size, thread
 from convlab.algorithms.unfold import weight_first_product
 
+NATIVE_MATMUL = "triton.native_matmul"  # a private option of inductor, which old ones lack
+
 
 def _needs(package: str):
     def limits(problem, device):
@@ -71,7 +73,28 @@ def compiled_thread(x, weight, bias, stride, padding, dilation, groups):
     return specialised(thread, x, weight, bias, stride, padding, dilation, groups)
 
 
-PEERS: dict[str, Algorithm] = {a.name: a for a in (unfoldnd, einconv, fft_conv, compiled_thread)}
+def _native_matmul_needed(problem, device):
+    if device.type == "cpu":
+        return "inductor's option native_matmul writes products in Triton: it needs a CUDA GPU."
+    from torch._inductor import config
+
+    if not hasattr(config.triton, NATIVE_MATMUL.rpartition(".")[2]):
+        return f"inductor of torch {torch.__version__} has no option {NATIVE_MATMUL}."
+    return compiler_needed(problem, device)
+
+
+@algorithm(
+    "torch.compile of the thread's layer, unfold and product in one Triton kernel.",
+    limits=_native_matmul_needed,
+)
+def compiled_native_matmul(x, weight, bias, stride, padding, dilation, groups):
+    sizes = stride, padding, dilation, groups
+    return specialised(thread, x, weight, bias, *sizes, options=((NATIVE_MATMUL, True),))
+
+
+PEERS: dict[str, Algorithm] = {
+    a.name: a for a in (unfoldnd, einconv, fft_conv, compiled_thread, compiled_native_matmul)
+}
 
 
 def find(name: str) -> Algorithm:

@@ -153,6 +153,61 @@ def memory(picture: Tensor, row: int, column: int, kernel_size: int = 3) -> Figu
     return _finish(figure)
 
 
+def touched(
+    maps: Mapping[str, Tensor], outputs: Iterable[tuple[int, int]], width: float = 9
+) -> Figure:
+    """How often each pixel is loaded, written into it; the pixels in `outputs` are outlined.
+
+    Args:
+        maps: title → counts (H, W).
+        outputs: (row, column) of the pixels of y that are computed, where they lie in x.
+    """
+    outputs = set(outputs)
+    tallest = max(len(counts) for counts in maps.values())
+    widest = sum(counts.shape[1] for counts in maps.values())
+    size = width, width * tallest / widest + 0.4
+    figure, axes = plt.subplots(1, len(maps), figsize=size, squeeze=False, dpi=DPI)
+    top = max(1.0, max(float(counts.max()) for counts in maps.values()))
+    for ax, (title, counts) in zip(axes[0], maps.items()):
+        _draw(ax, counts, cmap="Blues", limits=(0, 1.6 * top))
+        _write(ax, counts)
+        for row, column in sorted(outputs):
+            _edges(ax, row, column, outputs)
+        ax.set_title(title, fontsize=10)
+    return _finish(figure)
+
+
+def reduction(channels: int, taps: int, depth: int, by_tap_depth: int) -> Figure:
+    """The products of one output value, chunk by chunk, in both orders; empty lanes are white.
+
+    Args:
+        depth, by_tap_depth: lanes of a chunk when the taps of all channels are in one row, and
+            when a chunk holds channels of one tap.
+    """
+    flattened = torch.full((-(-channels * taps // depth), depth), torch.nan)
+    flattened.view(-1)[: channels * taps] = torch.arange(channels * taps) // taps
+    blocks = -(-channels // by_tap_depth)
+    by_tap = torch.full((blocks, by_tap_depth), torch.nan)
+    by_tap.view(-1)[:channels] = torch.arange(channels)
+    by_tap = by_tap.repeat_interleave(taps, 0)
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.28 * len(by_tap) + 1), dpi=DPI)
+    for ax, lanes, what in (
+        (axes[0], flattened, "taps of all channels in a row"),
+        (axes[1], by_tap, "channels of one tap"),
+    ):
+        ax.imshow(lanes.numpy(), cmap="viridis", aspect="auto", interpolation="nearest")
+        for row, column in lanes.isnan().nonzero().tolist():
+            ax.text(column, row, "×", ha="center", va="center", fontsize=8, color="#888888")
+        ax.set_xticks([i - 0.5 for i in range(lanes.shape[1])], [], minor=True)
+        ax.set_yticks([i - 0.5 for i in range(len(lanes))], [], minor=True)
+        ax.grid(which="minor", color="white", linewidth=0.8)
+        ax.tick_params(which="both", length=0)
+        ax.set_yticks(range(len(lanes)))
+        ax.set(ylabel="chunk", xlabel=f"lane; colour: channel; ×: empty ({lanes.isnan().sum()})")
+        ax.set_title(f"{what}: {lanes.numel()} for {channels * taps}", fontsize=10)
+    return _finish(figure)
+
+
 def verdicts(frame: pd.DataFrame) -> Figure:
     """A table of the words in `VERDICT_COLOURS` as coloured cells."""
     height, width = frame.shape
@@ -212,6 +267,15 @@ def _outline(
     )
     box.set_path_effects([effects.withStroke(linewidth=1.75 * line, foreground="white")])
     ax.add_patch(box)
+
+
+def _edges(ax: Axes, row: int, column: int, region: set[tuple[int, int]]) -> None:
+    """The sides of a pixel beyond which `region` ends."""
+    for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+        if (row + down, column + right) not in region:
+            y, x = row + down / 2, column + right / 2
+            across, along = 0.5 * abs(down), 0.5 * abs(right)
+            ax.plot([x - across, x + across], [y - along, y + along], color=MARK, lw=2.5)
 
 
 def _finish(figure: Figure) -> Figure:

@@ -237,6 +237,50 @@ def setup_inside(
 
 
 @pitfall(
+    "The next batch is loaded between two steps, while the device waits: loading is timed too.",
+    "Let a DataLoader's workers load it during the step, or time the step alone.",
+)
+def loading_inside(
+    fn: Function, device: Device = "cpu", *, load: Function, samples: int = 7
+) -> Measurement:
+    """`load()` makes the next batch, `fn()` is the step; a loop of the two, one after the other."""
+    fn()
+    times = []
+    for _ in range(samples):
+        start = time.perf_counter()
+        load()
+        fn()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return _measurement(times, device)
+
+
+def loading_meanwhile(
+    fn: Function, device: Device = "cpu", *, load: Function, samples: int = 7
+) -> Measurement:
+    """The same loop with loading in a thread: it shows only where it takes longer than the step.
+
+    On a CPU the two share the cores that the step would have for itself.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    fn()
+    times = []
+    with ThreadPoolExecutor(1) as pool:
+        batch = pool.submit(load)
+        batch.result()
+        for _ in range(samples):
+            start = time.perf_counter()
+            batch.result()
+            batch = pool.submit(load)
+            fn()
+            _wait(device)
+            times.append(time.perf_counter() - start)
+        batch.result()
+    return _measurement(times, device)
+
+
+@pitfall(
     "The timed function prints, and printing takes time of its own.",
     "Store times in a list and print them after the last reading of the clock.",
 )
@@ -549,6 +593,7 @@ def _candidates(name: str, value: object) -> Mapping[str, Function]:
 _CHECKS = {
     "fn": _function,
     "setup": _function,
+    "load": _function,
     "device": _device,
     "candidates": _candidates,
     "samples": _at_least_one,

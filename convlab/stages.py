@@ -125,7 +125,7 @@ def shares(times: pd.DataFrame) -> pd.DataFrame:
 Clock = Callable[[], "float | torch.cuda.Event"]
 
 
-def _clock(device: torch.device) -> tuple[Clock, Callable]:
+def stopwatch(device: torch.device) -> tuple[Clock, Callable]:
     """A function that marks now, and one that turns two marks into seconds."""
     if device.type == "cpu":
         return time.perf_counter, lambda a, b: b - a
@@ -141,7 +141,7 @@ def _clock(device: torch.device) -> tuple[Clock, Callable]:
 def _marked_pass(
     stages: Mapping[str, Stage], x: Tensor, weight: Tensor, grad: Tensor
 ) -> dict[str, dict[str, float]]:
-    mark, elapsed = _clock(x.device)
+    mark, elapsed = stopwatch(x.device)
     synchronize(x.device)
     forward, backward, values = [mark()], [], [x]
     for stage in stages.values():
@@ -174,7 +174,7 @@ def _parts(names: list[str], marks: list, start, end, elapsed: Callable) -> dict
 def _ordinary_pass(
     whole: Stage, x: Tensor, weight: Tensor, grad: Tensor
 ) -> dict[str, dict[str, float]]:
-    mark, elapsed = _clock(x.device)
+    mark, elapsed = stopwatch(x.device)
     synchronize(x.device)
     marks = [mark()]
     y = whole(x)

@@ -17,6 +17,7 @@ import numpy as np
 
 from convlab import machine
 from convlab.records import RecordError, Row, data_folder
+from convlab.steps import PARTS
 from convlab.timing import CONFIDENCE, RESAMPLES
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 HOLDS, FAILS, DEPENDS, UNKNOWN = "holds", "does not hold", "depends", "not measured here"
 INF, NAN = float("inf"), float("nan")
 LIBRARY = ("native", "native_channels_last", "native_no_library", "auto")
+NETWORK = "network_step"
 REWRITTEN = ("layer", "step", "ladder")  # experiments that measure rewritten forms too
 
 
@@ -104,7 +106,10 @@ def figures() -> dict[str, float]:
 # Figures from rows
 
 Case = dict[str, list[Row]]
-"""Algorithm (or pass:part) → its rows, one per visit of the session."""
+"""Algorithm → its rows, one per visit of the session.
+
+Of "stages" the keys are pass:part; of whole networks the parts are there too, as algorithm:part.
+"""
 
 
 def statistic(where: str, formula: Callable, *rows: Sequence[Row]) -> Interval:
@@ -152,6 +157,8 @@ def cases(rows: Iterable[Row], experiment: str, pass_: str = "") -> list[Case]:
         staged = experiment == "stages"
         if r.experiment == experiment and r.samples and (staged or r.pass_ == pass_):
             key = f"{r.pass_}:{r.part}" if staged else r.algorithm
+            if r.part and experiment == NETWORK:
+                key = f"{r.algorithm}:{r.part}"
             case = r.case.partition(" #")[0]
             place = (r.problem.get("batch", 0), kept(r), case, r.session)
             found.setdefault(place, {}).setdefault(key, []).append(r)
@@ -166,6 +173,7 @@ def kept(row: Row) -> bool:
 def where(rows: Sequence[Row]) -> str:
     batch = rows[0].problem["batch"]
     text = f"{batch} image{'s' if batch != 1 else ''}"
+    text = f"{network}, {text}" if (network := rows[0].extra.get("network")) else text
     return f"{text}, memory kept" if kept(rows[0]) else text
 
 
@@ -175,6 +183,15 @@ def ratio_cases(rows, experiment, pass_, a, b) -> list[Interval]:
         statistic(where(case[a]), np.divide, case[a], case[b])
         for case in cases(rows, experiment, pass_)
         if a in case and b in case
+    ]
+
+
+def layer_ratios(rows, pass_) -> list[Interval]:
+    """time(thread) / time(native), of the thread's layer alone and of whole networks."""
+    return [
+        ratio
+        for experiment in ("step", NETWORK)
+        for ratio in ratio_cases(rows, experiment, pass_, "thread", "native")
     ]
 
 
@@ -257,6 +274,14 @@ def _share(*times: np.ndarray) -> np.ndarray:
     return sum(times[:4]) / sum(times[4:])
 
 
+NETWORK_KEYS = [f"thread:{part}" for part in ("unfold", "fold", *PARTS["train"])]
+
+
+def _network_share(unfold: np.ndarray, fold: np.ndarray, *parts: np.ndarray) -> np.ndarray:
+    """Unfold and fold of all layers, forward and backward, of the whole training step."""
+    return (unfold + fold) / sum(parts)
+
+
 def t2_most_time(rows: Sequence[Row]) -> Verdict:
     return decide(
         stage_cases(rows, _share, *SHARE_KEYS),
@@ -272,7 +297,7 @@ def t2_most_time(rows: Sequence[Row]) -> Verdict:
 
 def t3_training(rows: Sequence[Row]) -> Verdict:
     return decide(
-        ratio_cases(rows, "step", "train", "thread", "native"),
+        layer_ratios(rows, "train"),
         4.5,
         10,
         {
@@ -332,19 +357,24 @@ def t7_extra_time(rows: Sequence[Row]) -> Verdict:
     Both are measured in rounds of their own, so the interval of the quotient comes from
     independent draws of the two; taking the ends of both intervals would make it too wide.
     """
-
     steps = {where(c["thread"]): c for c in cases(rows, "step", "train") if "thread" in c}
+    pairs = [
+        (step, case, _share, SHARE_KEYS)
+        for case in cases(rows, "stages")
+        if (step := steps.get(where(next(iter(case.values()))))) is not None
+    ]
+    networks = cases(rows, NETWORK, "train")
+    pairs += [(c, c, _network_share, NETWORK_KEYS) for c in networks if "thread" in c]
     found, equal = [], []
-    for case in cases(rows, "stages"):
-        step = steps.get(where(next(iter(case.values()))))
-        if step is None or "native" not in step:
+    for step, case, share, keys in pairs:
+        if "native" not in step:
             continue
         label = where(step["native"])
         part, parts = bootstrap(np.divide, step["native"], step["thread"])
         if part >= 1:
             equal.append(label)
-        elif all(k in case for k in SHARE_KEYS):
-            whole, wholes = bootstrap(_share, *(case[k] for k in SHARE_KEYS), seed=1)
+        elif all(k in case for k in keys):
+            whole, wholes = bootstrap(share, *(case[k] for k in keys), seed=1)
             extra = np.where(parts < 1, 1 - parts, NAN)
             found.append(interval(label, whole / (1 - part), wholes / extra))
     if equal and not found:
@@ -391,7 +421,7 @@ def _value(found: Interval) -> float:
 
 def t9_inference(rows: Sequence[Row]) -> Verdict:
     return decide(
-        ratio_cases(rows, "step", "forward", "thread", "native"),
+        layer_ratios(rows, "forward"),
         6,
         7,
         {

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from convlab import ALGORITHMS, PROBLEMS, ConvProblem, cost, timing
+from convlab import ALGORITHMS, PROBLEMS, ConvProblem, cost, counts, timing
 
 
 @given(problem=problems())
@@ -171,6 +171,33 @@ def test_every_algorithm_is_counted():
         if algorithm not in ("native_channels_last", "native_no_library", "auto"):
             for direction in ("forward", "backward"):
                 assert cost.steps(algorithm, PROBLEMS["thread_b2"], direction=direction)
+
+
+@pytest.mark.parametrize("name", ["thread_b2", "thread_b512", "wide_64", DEPTHWISE])
+def test_implicit_gemm_moves_what_it_must_and_no_columns(name):
+    p = PROBLEMS[name]
+    for direction in ("forward", "backward"):
+        steps = cost.steps("implicit_gemm", p, direction=direction)
+        assert sum(step.flops for step in steps) == cost.flops(p, direction)
+    assert cost.moved_bytes("implicit_gemm", p) == cost.compulsory_bytes(p)
+    assert cost.launches("implicit_gemm", p) == 1
+
+
+def test_implicit_gemm_backwards_by_hand():
+    """Each image 8 values of y; one part of 512 pixels of y or less, of at most 528."""
+    p = ConvProblem(1, 1, 2, 4, 4, kernel_size=3, stride=2, padding=1)
+    x, weight, y = 16, 18, 8
+    gx, gw, added = cost.steps("implicit_gemm", p, 1, "backward")
+    assert (gx.read, gx.written, gx.launches) == (4 * y + weight, x, 4)  # 2×2 phases
+    assert (gw.read, gw.written) == (x + y, weight)
+    assert (added.read, added.written) == (weight, weight)
+    many = counts.partial_sums(p.replace(batch=1000))
+    assert many == -(-4 * 1000 // 512)
+    assert counts.partial_sums(p.replace(batch=10**6)) == counts.PROGRAMS
+    point = p.replace(kernel_size=1, padding=0)  # one phase of four has a tap
+    assert cost.steps("implicit_gemm", point, 1, "backward")[0].read == y + 2
+    wide = ConvProblem(256, 512, 512, 7, 7, kernel_size=3, padding=1)  # 36 · 8 tiles
+    assert counts.partial_sums(wide) == 528 // 288
 
 
 def test_the_thread_launches_one_unfold_per_image():

@@ -346,8 +346,9 @@ def test_under_a_memory_limit_nothing_is_run(monkeypatch, timed, pass_):
     add(monkeypatch, "greedy", never)
     monkeypatch.setattr(ConvProblem, "inputs", never)
     settings = Settings(memory_limit=1)
-    rows = compared(*ALGORITHMS, pass_=pass_, settings=settings, candidate=never)
-    assert rows.keys() == ALGORITHMS.keys()
+    names = [name for name, a in ALGORITHMS.items() if a.supports(SMALL) is None]
+    rows = compared(*names, pass_=pass_, settings=settings, candidate=never)
+    assert [*rows] == names
     assert {row.status for row in rows.values()} == {records.PREDICTED}
     assert all(has_no_time(row) for row in rows.values())
     assert timed == []

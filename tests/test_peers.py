@@ -1,6 +1,7 @@
 """The peers compute what they are compared on, and say so where they are missing."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -47,3 +48,28 @@ def test_the_threads_layer_compiled_is_the_threads_layer(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(ValueError, match="writes outside its memory"):
         PEERS["compiled_thread"](x, weight, bias, padding=1)
+
+
+def test_native_matmul_is_asked_of_inductor_where_it_knows_it(monkeypatch):
+    from torch._inductor import config
+
+    from convlab import peers
+
+    algorithm, option = PEERS["compiled_native_matmul"], "triton.native_matmul"
+    assert "needs a CUDA GPU" in algorithm.supports(PROBLEMS[0])
+    seen = []
+
+    def compiled(function, tensors, arguments, options):
+        seen.append((arguments[0].name, dict(options)))
+        return lambda x, weight, bias: function(x, weight, bias, *arguments)
+
+    module = sys.modules[ALGORITHMS["compiled"].function.__module__]
+    monkeypatch.setattr(module, "compiled_function", compiled)
+    x, weight, bias = PROBLEMS[0].inputs()
+    y = algorithm.function(x, weight, bias, (1, 1), (1, 1), (1, 1), 1)
+    torch.testing.assert_close(y, ALGORITHMS["thread"](x, weight, bias, padding=1))
+    assert seen == [("thread", {option: True})]
+    if hasattr(config.triton, "native_matmul"):
+        assert algorithm.supports(PROBLEMS[0], "cuda") is None
+    monkeypatch.setattr(peers, "NATIVE_MATMUL", "triton.no_such_option")
+    assert "has no option triton.no_such_option" in algorithm.supports(PROBLEMS[0], "cuda")

@@ -29,7 +29,10 @@ THIRTEEN = {
     "one_thread_by_default",
     "tf32_on_one_side",
 }
-NEEDS_OPTIONS = {"setup_inside": {"setup": lambda: None}}
+NEEDS_OPTIONS = {
+    "setup_inside": {"setup": lambda: None},
+    "loading_inside": {"load": lambda: None},
+}
 ON_THE_CPU = sorted(n for n, p in PITFALLS.items() if p.needs is None and not p.compares)
 
 
@@ -115,6 +118,36 @@ def test_without_synchronization_only_the_launch_is_timed(device):
     assert wrong.median < right.median
     assert late.median < right.median
     assert "not a GPU" in wrong.device
+
+
+def test_loading_counts_where_it_is_done_between_two_steps():
+    order = []
+
+    def slow(name, seconds):
+        def run():
+            order.append(name)
+            time.sleep(seconds)
+
+        return run
+
+    step, load = slow("step", WORK), slow("load", WORK / 2)
+    between = pitfalls.loading_inside(step, load=load, samples=3)
+    assert order == ["step", *["load", "step"] * 3]
+    assert min(between.samples) >= 1.5 * WORK
+    meanwhile = pitfalls.loading_meanwhile(step, load=load, samples=3)
+    assert min(meanwhile.samples) >= WORK
+    assert meanwhile.median < between.median
+    waiting = pitfalls.loading_meanwhile(slow("", 0), load=slow("", WORK), samples=3)
+    assert waiting.median >= WORK / 2, "a slow loader still shows"
+
+
+def test_an_error_while_loading_is_raised():
+    def fails():
+        raise OSError("no such file")
+
+    for timer in (pitfalls.loading_inside, pitfalls.loading_meanwhile):
+        with pytest.raises(OSError, match="no such file"):
+            timer(lambda: None, load=fails)
 
 
 def test_wrong_timers_leave_the_queue_idle(device):

@@ -64,6 +64,18 @@ def storage(unfold=False, fold=False):
     ]
 
 
+def in_network(pass_="train", network="ResNet-18", batch=8, stages=(), parts=(1, 1, 1, 1), **steps):
+    """Steps of a whole network; unfold, product and fold in it; data … optimiser by `thread`."""
+    several = [(name, "", seconds) for name, seconds in steps.items()]
+    names = ("data", "forward", "backward", "optimiser") if stages else ()
+    several += [("thread", *pair) for pair in zip(names, parts)]
+    several += [("thread", *pair) for pair in zip(("unfold", "product", "fold"), stages)]
+    rows = [row("network_step", name, pass_, batch, s, part) for name, part, s in several]
+    case = f"network_step/{network}/b{batch}/{pass_}"
+    extra = {"network": network}
+    return [dataclasses.replace(r, case=case, extra=extra) for r in rows]
+
+
 def batches(*ratios, native=1.0):
     """The thread's layer so many times slower than native at growing batches, both passes."""
     return [
@@ -99,9 +111,22 @@ EXAMPLES = {
         UNKNOWN: [stages()[:-1], stages()[4:]],
     },
     "T3": {
-        HOLDS: [steps(native=1, thread=6)],
-        FAILS: [steps(native=1, thread=3), steps(native=1, thread=12)],
-        DEPENDS: [steps(native=1, thread=(3, 6)), steps(native=1, thread=(6, 12))],
+        HOLDS: [
+            steps(native=1, thread=6),
+            in_network(native=1, thread=6),
+            steps(native=1, thread=6) + in_network(native=1, thread=5),
+        ],
+        FAILS: [
+            steps(native=1, thread=3),
+            steps(native=1, thread=12),
+            steps(native=1, thread=12) + in_network(native=1, thread=3),
+        ],
+        DEPENDS: [
+            steps(native=1, thread=(3, 6)),
+            steps(native=1, thread=(6, 12)),
+            steps(native=1, thread=6) + in_network(native=1, thread=3),
+            steps(native=1, thread=6) + in_network(native=1, thread=(3, 6)),
+        ],
         UNKNOWN: [steps(native=1), steps(thread=6), steps("forward", native=1, thread=6)],
     },
     "T4": {
@@ -133,13 +158,29 @@ EXAMPLES = {
         UNKNOWN: [stages()[:4]],
     },
     "T7": {
-        HOLDS: [steps(native=1, thread=5) + stages()],
-        FAILS: [steps(native=1, thread=5) + stages(forward=(1, 4, 1), backward=(1, 4, 1))],
+        HOLDS: [
+            steps(native=1, thread=5) + stages(),
+            in_network(native=1, thread=5, stages=(2, 0.4, 1)),
+            steps(native=1, thread=5) + stages() + in_network(native=1, thread=5, stages=(2, 0, 2)),
+        ],
+        FAILS: [
+            steps(native=1, thread=5) + stages(forward=(1, 4, 1), backward=(1, 4, 1)),
+            in_network(native=1, thread=5, stages=(1, 2, 1)),
+            in_network(native=1, thread=5, stages=(2, 0.4, 1), parts=(2, 2, 3, 1)),
+        ],
         DEPENDS: [
+            steps(native=1, thread=5) + stages() + in_network(native=1, thread=5, stages=(1, 2, 1)),
+            in_network(native=5, thread=4, stages=(2, 0.4, 1)),
             steps(native=(0.1, 4), thread=5) + stages(forward=(1, 1, 1), backward=(1, 1, 1)),
             steps(native=5, thread=4) + stages(),
         ],
-        UNKNOWN: [stages(), steps(native=1, thread=5), steps(native=1, thread=5) + stages(64)],
+        UNKNOWN: [
+            stages(),
+            steps(native=1, thread=5),
+            steps(native=1, thread=5) + stages(64),
+            in_network(native=1, thread=5),
+            in_network("forward", native=1, thread=5, stages=(2, 0.4, 1)),
+        ],
     },
     "T8": {
         HOLDS: [batches(2.5, 3, 3.5)],
@@ -148,10 +189,16 @@ EXAMPLES = {
         UNKNOWN: [batches(3), case("batch", "train", native=1, thread=3)],
     },
     "T9": {
-        HOLDS: [steps("forward", native=1, thread=6.5)],
+        HOLDS: [
+            steps("forward", native=1, thread=6.5),
+            in_network("forward", native=1, thread=6.5),
+        ],
         FAILS: [steps("forward", native=1, thread=5), steps("forward", native=1, thread=8)],
-        DEPENDS: [steps("forward", native=1, thread=(5, 6.5))],
-        UNKNOWN: [steps("train", native=1, thread=6.5)],
+        DEPENDS: [
+            steps("forward", native=1, thread=(5, 6.5)),
+            steps("forward", native=1, thread=6.5) + in_network("forward", native=1, thread=5),
+        ],
+        UNKNOWN: [steps("train", native=1, thread=6.5), in_network("train", native=1, thread=6.5)],
     },
     "T10": {
         HOLDS: [steps(native_no_library=5, thread=5)],
@@ -411,6 +458,25 @@ def test_the_best_rewritten_form_says_where_it_was_best():
     assert found.verdict == FAILS
     assert found.figure.startswith("windows, 256 images, memory kept, train: 3× [")
     assert len(found.intervals) == 2
+
+
+def test_whole_networks_are_figures_of_their_own():
+    rows = steps(native=1, thread=6) + in_network(native=1, thread=5)
+    rows += in_network(network="small CNN", batch=256, native=1, thread=7)
+    found = verdict("T3", rows + [r for r in visited(2, rows) if r.experiment == "step"])
+    assert [(i.where, round(i.value, 2)) for i in found.intervals] == [
+        ("256 images", 6),
+        ("ResNet-18, 8 images", 5),
+        ("small CNN, 256 images", 7),
+    ]
+
+
+def test_parts_of_a_network_are_not_its_steps():
+    rows = in_network(native=1, thread=5, stages=(2, 0.4, 1), parts=(9, 9, 9, 9))
+    (found,) = verdict("T3", rows).intervals
+    assert found.value == pytest.approx(5, rel=0.01)
+    (share,) = verdict("T7", in_network(native=1, thread=5, stages=(2, 0.4, 1))).intervals
+    assert share.value == pytest.approx((3 / 4) / (1 - 1 / 5), rel=0.01)
 
 
 def undecided(number, batch=2):

@@ -46,9 +46,10 @@ def compiled(x, weight, bias, stride, padding, dilation, groups):
     return specialised(unfold, x, weight, bias, stride, padding, dilation, groups)
 
 
-def specialised(form, x, weight, bias, *sizes):
-    """`form` (an algorithm), compiled for one problem, of these tensors."""
-    return compiled_function(_with_bias, (x, weight), (form, bias is None, *sizes))(x, weight, bias)
+def specialised(form, x, weight, bias, *sizes, options=()):
+    """`form` (an algorithm), compiled for one problem, of these tensors; options: inductor's."""
+    arguments = form, bias is None, *sizes
+    return compiled_function(_with_bias, (x, weight), arguments, options)(x, weight, bias)
 
 
 def _with_bias(x, weight, bias, form, no_bias, *sizes):

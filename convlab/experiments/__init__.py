@@ -15,9 +15,11 @@ from convlab.experiments.cases import (
     training_step,
 )
 from convlab.experiments.facts import ceilings_case, ceilings_of, stages_case, storage_case
+from convlab.experiments.kernel import error_case, kernel_case, roofs_of
 from convlab.experiments.library import VARIANTS, Variant, library_case
 from convlab.experiments.mistakes import mistakes_case
 from convlab.experiments.named import EXPERIMENTS, LAYER, PAIR, REPRODUCE, SCALES, Experiment
+from convlab.experiments.networks import NETWORKS, network_case
 from convlab.experiments.sessions import (
     Progress,
     by_machine,
@@ -31,6 +33,7 @@ from convlab.experiments.sessions import (
 __all__ = [
     "EXPERIMENTS",
     "LAYER",
+    "NETWORKS",
     "PAIR",
     "REPRODUCE",
     "SCALES",
@@ -44,13 +47,17 @@ __all__ = [
     "ceilings_case",
     "ceilings_of",
     "compare_case",
+    "error_case",
+    "kernel_case",
     "last_session",
     "latest",
     "library_case",
     "measured",
     "mistakes_case",
+    "network_case",
     "one_pass",
     "plan",
+    "roofs_of",
     "run",
     "run_case",
     "short_name",

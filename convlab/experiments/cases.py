@@ -19,7 +19,7 @@ from convlab.problem import ConvProblem, parse_device
 from convlab.records import Row
 from convlab.timing import Function
 
-LIBRARY = ("native", "native_channels_last", "auto")
+IN_PLACE = ("native", "native_channels_last", "auto", "implicit_gemm")
 IN_CHUNKS = (
     *("unfold_chunked", "unfold_recompute", "windows_chunked"),
     *("row_windows", "shifts", "winograd", "fused"),
@@ -229,7 +229,7 @@ def needed_bytes(name: str, problem: ConvProblem, pass_: str) -> int:
     """Bytes that a float32 pass needs, its input included; a guess from above if not counted."""
     s = cost.Sizes.of(problem)
     tensors = 4 * (s.x + s.weight + s.y)
-    if name in LIBRARY + IN_CHUNKS:
+    if name in IN_PLACE + IN_CHUNKS:
         chunk = 8 * s.columns * torch.get_num_threads() // max(problem.batch, 1)
         copies = 3 if pass_ == "forward" else 5
         return copies * tensors + (max(chunk, CHUNK) if name in IN_CHUNKS else 0)
@@ -286,6 +286,34 @@ def one_pass(
         return lambda: torch.autograd.grad(forward(), tensors, grad)
     y = forward()
     return lambda: torch.autograd.grad(y, tensors, grad, retain_graph=True)
+
+
+def prepared_pass(
+    convolution: Callable[..., Tensor],
+    problem: ConvProblem,
+    pass_: str,
+    device: str,
+    dtype: str = "float32",
+    nhwc: bool = False,
+) -> Function:
+    """Like `one_pass`, "forward" or "train", in any format and layout.
+
+    Args:
+        convolution: takes x, weight, bias, stride, padding, dilation and groups.
+    """
+    x, weight, bias = problem.inputs(device, dtype)
+    if nhwc:
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    tensors = [t.requires_grad_() for t in (x, weight, bias)]
+    sizes = problem.stride, problem.padding, problem.dilation, problem.groups
+
+    def forward() -> Tensor:
+        return convolution(*tensors, *sizes)
+
+    if pass_ == "forward":
+        return torch.no_grad()(forward)
+    grad = torch.ones_like(forward())
+    return lambda: torch.autograd.grad(forward(), tensors, grad)
 
 
 def training_step(name: str, problem: ConvProblem, pass_: str, device: str) -> Function:

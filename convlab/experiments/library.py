@@ -22,6 +22,7 @@ from convlab.experiments.cases import (
     needed_bytes,
     one_pass,
     outcome,
+    prepared_pass,
     short_name,
 )
 from convlab.problem import DTYPES, ConvProblem
@@ -182,18 +183,5 @@ def variant_algorithm(variant: Variant) -> Algorithm:
 def variant_pass(variant: Variant, problem: ConvProblem, pass_: str, device: str) -> Function:
     """A function of no arguments that makes one pass, its tensors made ready before."""
     dtype = "float32" if variant.autocast else variant.dtype
-    x, weight, bias = problem.inputs(device, dtype)
-    if variant.channels_last:
-        nhwc = torch.channels_last
-        x, weight = x.contiguous(memory_format=nhwc), weight.contiguous(memory_format=nhwc)
-    tensors = [t.requires_grad_() for t in (x, weight, bias)]
-    convolution = convolve(variant)
-    sizes = problem.stride, problem.padding, problem.dilation, problem.groups
-
-    def forward() -> Tensor:
-        return convolution(*tensors, *sizes)
-
-    if pass_ == "forward":
-        return torch.no_grad()(forward)
-    grad = torch.ones_like(forward())
-    return lambda: torch.autograd.grad(forward(), tensors, grad)
+    call = convolve(variant)
+    return prepared_pass(call, problem, pass_, device, dtype, variant.channels_last)

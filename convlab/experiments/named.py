@@ -11,9 +11,10 @@ from torch import Tensor
 from convlab import machine
 from convlab.experiments.cases import KEPT, Case, Settings, compare_case, one_pass, training_step
 from convlab.experiments.facts import ceilings_case, stages_case, storage_case
+from convlab.experiments.kernel import error_cases, kernel_cases
 from convlab.experiments.library import library_case
 from convlab.experiments.mistakes import MISTAKES, mistakes_case
-from convlab.peers import PEERS
+from convlab.experiments.networks import network_cases
 from convlab.problem import ConvProblem
 from convlab.problems import NETWORKS, PROBLEMS, thread_problem
 
@@ -37,7 +38,7 @@ LADDER = (
     "compiled",
     "fused",
     "auto",
-    *PEERS,
+    *("unfoldnd", "einconv", "fft_conv", "compiled_thread"),
 )
 SLOW_TO_START = (
     "compiled",
@@ -254,6 +255,14 @@ def _mistakes(s: Settings) -> list[Case]:
     return [mistakes_case(name, s) for name in MISTAKES] if s.on_gpu else []
 
 
+def _kernel(s: Settings) -> list[Case]:
+    return kernel_cases(s) if s.on_gpu else []
+
+
+def _kernel_errors(s: Settings) -> list[Case]:
+    return error_cases(s) if s.on_gpu else []
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     "storage": Experiment("Which operations copy?", lambda s: [storage_case(s)]),
     "ceilings": Experiment("How fast can this machine be?", lambda s: [ceilings_case(s)]),
@@ -272,7 +281,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     "library": Experiment("What do the library's switches bring?", _library),
     "networks": Experiment("What does the library bring on real layers?", _networks),
     "ladder": Experiment("What does each rewrite bring?", _ladder),
+    "network_step": Experiment("Does it matter in a whole network?", network_cases),
     "pitfalls": Experiment("Mistakes that only a GPU shows", _mistakes),
+    "kernel": Experiment("How fast is a kernel whose columns are never stored?", _kernel),
+    "kernel_errors": Experiment("How exact is it, beside the library?", _kernel_errors),
 }
 REPRODUCE = ("storage", "ceilings", "layer", "step", "stages", "batch", "photographs")
 REPEATED = ("step", "stages")

@@ -1,4 +1,4 @@
-"""`flex_conv2d`: the reader's own `combine(x, w)` in place of the product, with gradients."""
+"""`flex_conv2d`: the reader's own `combine(x, w)` in place of the product, fused."""
 
 from convlab.flex.function import flex_conv2d
 from convlab.flex.generating import triton_source

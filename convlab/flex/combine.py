@@ -157,6 +157,7 @@ def _try_out(function: Callable, arity: int, dtype: torch.dtype):
     except _Unfit:
         raise
     except Exception as error:
+        _check_captured(function, watch.captured)
         if isinstance(error, TypeError) and not _takes(function, arity):
             what = "x, w and aux" if arity == 3 else "x and w"
             raise TypeError(f"combine must take {what}, got {_called(function)}: {error}") from None
@@ -168,15 +169,21 @@ def _try_out(function: Callable, arity: int, dtype: torch.dtype):
         raise ValueError(f"combine must have no effects but its result; {_called(function)} prints")
     if not all(torch.equal(a, b) for a, b in zip(inputs, copies)):
         raise ValueError(f"combine must not write to its arguments; {_called(function)} does")
+    names = _check_captured(function, watch.captured)
     _check_result(function, together, inputs, dtype)
-    names = _names_of(function, watch.captured)
-    for tensor, name in zip(watch.captured, names):
+    return watch.captured, names
+
+
+def _check_captured(function, captured: list[Tensor]) -> list[str]:
+    """Their names."""
+    names = _names_of(function, captured)
+    for tensor, name in zip(captured, names):
         if tensor.numel() != 1 or not tensor.is_floating_point():
             raise ValueError(
                 f"combine closes over {name} of shape {tuple(tensor.shape)} and {tensor.dtype}; "
                 "only floating-point tensors of one number can be captured"
             )
-    return watch.captured, names
+    return names
 
 
 def _check_result(function, together, inputs, dtype) -> None:
@@ -189,7 +196,8 @@ def _check_result(function, together, inputs, dtype) -> None:
             f"({PROBES},) and {dtype} into {tuple(together.shape)} and {together.dtype}"
         )
     with torch.no_grad():
-        one_by_one = torch.stack([function(*values) for values in zip(*inputs)])
+        each = [t.split(1) for t in inputs]
+        one_by_one = torch.cat([function(*values) for values in zip(*each)])
         again = function(*inputs)
     if not torch.equal(torch.nan_to_num(again), torch.nan_to_num(together)):
         raise ValueError(f"combine must give the same result each time; {name} does not")

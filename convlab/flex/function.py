@@ -76,12 +76,12 @@ def flex_conv2d(
         for n, p, d, k, s in zip(x.shape[2:], pads, dilation, weight.shape[2:], stride)
     )
     _check_aux(aux, x, (len(x), len(weight), *size))
-    parsed = parse(combine, torch.float32 if x.dtype.itemsize < 4 else x.dtype, aux is not None)
     (top, bottom), (left, right) = pads
     surround = (left, right, top, bottom), float(pad_value)
     if backend == "eager" or not x.numel() or torch.compiler.is_compiling():
         padded = _pad(x, *surround)
         return by_definition(padded, weight, aux, combine, reduce, stride, dilation, groups)
+    parsed = parse(combine, torch.float32 if x.dtype.itemsize < 4 else x.dtype, aux is not None)
     compiled = backend == "inductor" and _can_compile(x.device.type)
     call = running.Call(parsed, reduce, stride, (top, left), dilation, groups, compiled)
     call = call._replace(size=size, triton=backend == "triton")

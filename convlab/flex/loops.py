@@ -1,9 +1,11 @@
 """The sums of a custom convolution as loop nests: what the compiler is given.
 
-Every function is the plain definition on strided views, one per tap, with the sum over channels
-(or pixels) as the innermost loop. Inductor keeps the running sums in registers and writes nothing
-but the result; run as they are, they hold C · K values per output pixel. Several output channels
-are written as alike sums, which become one loop, so that a value is loaded once for all of them.
+Every function is the plain definition on strided views, one per tap of a row, with the sum over
+channels and rows (or pixels) as the innermost loop. Inductor keeps the running sums in registers
+and writes nothing but the result; run as they are, the loops hold C · K · kh values per output
+pixel. Several output channels are written as alike sums, which become one loop, so that a value is
+loaded once for all of them. (Writing all taps out, not those of a row, is no faster and compiles
+three times as long.)
 
 Shapes: x padded (N, C, H, W); weight (K, C / groups, kh, kw); aux (N, 1 or K, OH, OW) or None;
 y and its gradient (N, K, OH, OW); captured numbers of shape ().
@@ -12,7 +14,7 @@ y and its gradient (N, K, OH, OW); captured numbers of shape ().
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,6 @@ from torch import Tensor
 
 from convlab.flex.combine import Combine
 
-UNROLLED = 9  # taps that are written out one by one; of a larger kernel those of one row
 TIES = 8  # roundoffs by which a term may miss the maximum and still count as one
 
 
@@ -45,16 +46,14 @@ def forward(x, weight, aux, *rest) -> Tensor:
     """→ y (N, K, OH, OW)."""
     *captured, plan = rest
     window, filters, aux = _by_groups(x, weight, aux, plan)
-    kernel = weight.shape[2:]
-    dims = _summed(kernel)
 
     def output(channels: slice) -> Tensor:
         def terms() -> Iterator[Tensor]:
-            for pixels, i, j in _taps(window, kernel, plan):
-                w = _filters(filters[:, channels], i, j)
-                yield _value(plan, pixels, w, *_aux(aux, channels, i), *captured)
+            for j, pixels in enumerate(_taps(window, weight, plan)):
+                w = _filters(filters[:, channels], j)
+                yield _value(plan, pixels, w, *_aux(aux, channels), *captured)
 
-        return _reduced(terms, plan.reduce, dims)
+        return _reduced(terms, plan.reduce)
 
     return _interleave(output, filters.shape[1], plan).to(x.dtype)
 
@@ -68,29 +67,22 @@ def input_gradient(x, weight, aux, grad, y, *rest) -> Tensor:
             between (y: infinity) and a margin of all taps but one.
     """
     *captured, plan = rest
-    g, kernel = plan.groups, weight.shape[2:]
-    x = _wide(x).unflatten(1, (g, -1, 1))  # N, G, C / G, 1, H, W
+    g = plan.groups
+    x = _wide(x).unflatten(1, (g, -1, 1))[:, :, :, :, None]  # N, G, C / G, 1, 1, H, W
     w = _wide(weight).unflatten(0, (g, -1)).transpose(1, 2).flip(3, 4)  # G, C / G, K / G, kh, kw
-    sources = [None if t is None else _wide(t) for t in (grad, y, aux)]
-    sources = [None if t is None else t.unflatten(1, _split(t, g)).unsqueeze(2) for t in sources]
+    sources = [t if t is None else _wide(t) for t in (grad, y, aux)]
+    sources = [t if t is None else t.unflatten(1, _split(t, g)).unsqueeze(2) for t in sources]
     step = plan._replace(size=x.shape[-2:], stride=(1, 1))
-    dims = _summed(kernel)
+    given = [_taps(t, weight, step) for t in sources if t is not None]
 
     def output(channels: slice) -> Tensor:
-        total = None
-        for views in zip(*(_taps(s, kernel, step) for s in sources if s is not None)):
-            (go, i, j), *others = views
-            found = iter(view for view, _, _ in others)
-            yo = None if y is None else next(found)
-            extra = () if aux is None else (next(found),)
-            pixels = x[:, :, channels]
-            pixels = pixels if isinstance(i, int) else pixels.unsqueeze(4)
-            inputs = pixels, _filters(w[:, channels], i, j), *extra, *captured
+        terms = []
+        for j, (go, *others) in enumerate(zip(*given)):
+            extra = () if aux is None else (others[-1],)
+            inputs = x[:, :, channels], _filters(w[:, channels], j), *extra, *captured
             term = go * _partial(plan, 0, *inputs)
-            if yo is not None:
-                term = term * _share(plan, inputs, yo)
-            total = term if total is None else total + term
-        return total.sum(dims)
+            terms.append(term if y is None else term * _share(plan, inputs, others[0]))
+        return functools.reduce(torch.add, terms).sum((3, 4))
 
     return _interleave(output, w.shape[1], plan).to(grad.dtype)
 
@@ -99,18 +91,16 @@ def weight_gradient(x, weight, aux, grad, y, *rest) -> Tensor:
     """→ weight's gradient (K, C / groups, kh, kw), summed over these images."""
     *captured, plan = rest
     window, filters, aux = _by_groups(x, weight, aux, plan)
-    g, kernel = plan.groups, weight.shape[2:]
+    split = (plan.groups, -1)
     grad, y = (
-        None if t is None else _wide(t).unflatten(1, (g, -1))[:, :, :, None, None]
-        for t in (grad, y)
+        t if t is None else _wide(t).unflatten(1, split)[:, :, :, None, None] for t in (grad, y)
     )  # N, G, K / G, 1, 1, OH, OW
     blocks = []
     for first in range(plan.at_once):
         channels = slice(first, None, plan.at_once)
         columns = []
-        for pixels, i, j in _rows(window, kernel, plan):
-            extra = _aux(aux, channels, i)
-            inputs = pixels, _filters(filters[:, channels], i, j), *extra, *captured
+        for j, pixels in enumerate(_taps(window, weight, plan)):
+            inputs = pixels, _filters(filters[:, channels], j), *_aux(aux, channels), *captured
             term = grad[:, :, channels] * _partial(plan, 1, *inputs)
             if y is not None:
                 term = term * _share(plan, inputs, y[:, :, channels])
@@ -127,22 +117,16 @@ def sensitivity(x, weight, aux, y, *rest) -> Tensor:
     """
     *captured, plan, which = rest
     window, filters, aux = _by_groups(x, weight, aux, plan)
-    kernel = weight.shape[2:]
-    y = None if y is None else _wide(y).unflatten(1, (plan.groups, -1)).unsqueeze(3)
-    dims = _summed(kernel)
+    y = y if y is None else _wide(y).unflatten(1, (plan.groups, -1))[:, :, :, None, None]
 
     def output(channels: slice) -> Tensor:
-        total = None
-        for pixels, i, j in _taps(window, kernel, plan):
-            w = _filters(filters[:, channels], i, j)
-            inputs = pixels, w, *_aux(aux, channels, i), *captured
-            term = None if which < 0 else _partial(plan, which, *inputs)
-            if y is not None:
-                there = y[:, :, channels]
-                share = _share(plan, inputs, there if isinstance(i, int) else there.unsqueeze(4))
-                term = share if term is None else term * share
-            total = term if total is None else total + term
-        return total.sum(dims)
+        terms = []
+        for j, pixels in enumerate(_taps(window, weight, plan)):
+            inputs = pixels, _filters(filters[:, channels], j), *_aux(aux, channels), *captured
+            share = None if y is None else _share(plan, inputs, y[:, :, channels])
+            slope = share if which < 0 else _partial(plan, which, *inputs)
+            terms.append(slope if share is None or which < 0 else slope * share)
+        return functools.reduce(torch.add, terms).sum((3, 4))
 
     return _interleave(output, filters.shape[1], plan)
 
@@ -169,65 +153,49 @@ def _split(tensor: Tensor, groups: int) -> tuple[int, int]:
 
 
 def _by_groups(x, weight, aux, plan):
-    """x → (N, G, 1, C / G, H, W), weight → (G, K / G, C / G, kh, kw), aux → (N, G, K / G, 1, …)."""
+    """Groups as an axis, and axes of length 1 where another tensor has channels or taps.
+
+    → x (N, G, 1, C / G, H, W), weight (G, K / G, C / G, kh, kw), aux (N, G, K / G, 1, 1, OH, OW).
+    """
     x = _wide(x).unflatten(1, (plan.groups, 1, -1))
     weight = _wide(weight).unflatten(0, (plan.groups, -1))
     if aux is not None:
-        aux = _wide(aux).unflatten(1, _split(aux, plan.groups)).unsqueeze(3)
+        aux = _wide(aux).unflatten(1, _split(aux, plan.groups))[:, :, :, None, None]
     return x, weight, aux
 
 
-def _taps(t: Tensor, kernel, plan) -> Iterator[tuple]:
-    """(view of t per tap, row, column); the row is a slice where rows are an axis of the view."""
-    if kernel[0] * kernel[1] > UNROLLED:
-        yield from _rows(t, kernel, plan)
-        return
-    for j in range(kernel[1]):
-        for i in range(kernel[0]):
-            yield _shifted(_shifted(t, -2, i, plan), -1, j, plan), i, j
+def _taps(t: Tensor, weight: Tensor, plan) -> list[Tensor]:
+    """What each tap of a row sees of t (…, H, W), for all rows: kw views (…, kh, OH, OW)."""
+    (kh, kw), (dh, dw), (sh, sw) = weight.shape[2:], plan.dilation, plan.stride
+    reach, last = dh * (kh - 1) + 1, sw * (plan.size[1] - 1) + 1
+    t = t.narrow(-2, 0, sh * (plan.size[0] - 1) + reach)
+    t = t.unfold(-2, reach, sh)[..., ::dh].movedim(-1, -3)
+    taps = [t.narrow(-1, j * dw, last) for j in range(kw)]
+    return taps if sw == 1 else [tap[..., ::sw] for tap in taps]
 
 
-def _rows(t: Tensor, kernel, plan) -> Iterator[tuple]:
-    """The same with all rows of taps as an axis (…, kh, OH, OW)."""
-    reach = plan.dilation[0] * (kernel[0] - 1) + 1
-    t = t.narrow(-2, 0, plan.stride[0] * (plan.size[0] - 1) + reach)
-    t = t.unfold(-2, reach, plan.stride[0])[..., :: plan.dilation[0]].movedim(-1, -3)
-    for j in range(kernel[1]):
-        yield _shifted(t, -1, j, plan), slice(None), j
+def _filters(weight: Tensor, j: int) -> Tensor:
+    """weight (G, K, C, kh, kw) → its column (G, K, C, kh, 1, 1)."""
+    return weight[..., j, None, None]
 
 
-def _shifted(t: Tensor, dim: int, tap: int, plan) -> Tensor:
-    first, step = tap * plan.dilation[dim], plan.stride[dim]
-    t = t.narrow(dim, first, step * (plan.size[dim] - 1) + 1)
-    return t if step == 1 else (t[..., ::step] if dim == -1 else t[..., ::step, :])
-
-
-def _filters(weight: Tensor, i, j: int) -> Tensor:
-    """weight (G, K, C, kh, kw) → (G, K, C, [kh,] 1, 1)."""
-    return weight[..., i, j, None, None]
-
-
-def _aux(aux: Tensor | None, channels: slice, i) -> tuple[Tensor, ...]:
+def _aux(aux: Tensor | None, channels: slice) -> tuple[Tensor, ...]:
     if aux is None:
         return ()
-    aux = aux if aux.shape[2] == 1 else aux[:, :, channels]
-    return (aux if isinstance(i, int) else aux.unsqueeze(4),)
+    return (aux if aux.shape[2] == 1 else aux[:, :, channels],)
 
 
-def _summed(kernel) -> tuple[int, ...]:
-    return (3, 4) if kernel[0] * kernel[1] > UNROLLED else (3,)
-
-
-def _reduced(terms, reduce: str, dims) -> Tensor:
+def _reduced(terms: Callable[[], Iterator[Tensor]], reduce: str) -> Tensor:
+    """Terms (N, G, K, C, kh, OH, OW), several of them → (N, G, K, OH, OW)."""
     if reduce == "sum":
-        return functools.reduce(torch.add, terms()).sum(dims)
-    top = functools.reduce(torch.maximum, terms()).amax(dims)
+        return functools.reduce(torch.add, terms()).sum((3, 4))
+    top = functools.reduce(torch.maximum, terms()).amax((3, 4))
     if reduce == "max":
         return top
     finite = torch.where(top.abs() == torch.inf, 0.0, top)
-    shift = finite[(slice(None),) * 3 + (None,) * len(dims)]
+    shift = finite[:, :, :, None, None]
     shares = (torch.exp(term - shift) for term in terms())
-    return functools.reduce(torch.add, shares).sum(dims).log() + finite
+    return functools.reduce(torch.add, shares).sum((3, 4)).log() + finite
 
 
 def _share(plan, inputs, y: Tensor) -> Tensor:

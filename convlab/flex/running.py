@@ -23,6 +23,7 @@ OPTIONS = (
 )
 REGISTERS = {"AVX512": 16}  # running sums at a time: half of the vector registers
 FEWER = 8
+EXPENSIVE = 4  # what an exponential takes of the registers
 TERMS = 2**20  # values that the loops, run as they are, hold at a time
 
 _announced = False
@@ -59,7 +60,7 @@ class Call(NamedTuple):
     def weight_of_terms(self) -> int:
         """How much longer than a multiplication a term is, roughly: it fills registers too."""
         operations = len(self.combine.value.graph.nodes) - self.combine.arity - 2
-        return max(1, operations // 4)
+        return max(1, operations // 4) * (EXPENSIVE if self.reduce == "logsumexp" else 1)
 
 
 def forward(call: Call, padded: Tensor, weight: Tensor, aux, captured) -> Tensor:
@@ -112,13 +113,11 @@ def _input_gradient(call, x, weight, aux, captured, grad, y) -> Tensor:
 
 
 def _weight_gradient(call, padded, weight, aux, captured, grad, y) -> Tensor:
-    channels, (_, c, _, kw) = len(weight) // call.groups, weight.shape
+    channels, kw = len(weight) // call.groups, weight.shape[3]
     plan = call.plan(grad.shape[2:], channels, kw)
     per_image = (padded[:1].nbytes + grad[:1].nbytes) if len(padded) else 1
     cached = max(1, machine.cache_bytes(padded.device.type) * 2 // max(per_image, 1))
-    images = (
-        _divisor(len(padded), cached) if call.compiled else _images(grad, c * weight[0].numel())
-    )
+    images = _divisor(len(padded), cached) if call.compiled else _images(grad, _terms(weight))
     total = None
     for part in chunks(len(padded), images):
         batch = [None if t is None else t[part] for t in (padded, aux, grad, y)]
@@ -167,7 +166,7 @@ def _per_image(call: Call, function: Callable, tensors, batched, arguments, weig
     """`function` of all images at once if compiled, else of a few; `batched`: which have images."""
     if call.compiled:
         return _function(call, function, tensors, arguments)(*tensors)
-    images = _images(tensors[0], weight.numel() // max(weight[0, 0].numel(), 1))
+    images = _images(tensors[0], _terms(weight))
     parts = []
     for part in chunks(len(tensors[0]), images):
         some = [
@@ -175,6 +174,11 @@ def _per_image(call: Call, function: Callable, tensors, batched, arguments, weig
         ]
         parts.append(function(*some, *arguments))
     return torch.cat(parts)
+
+
+def _terms(weight: Tensor) -> int:
+    """Values per pixel that the loops hold when they run as they are."""
+    return weight.numel() // weight.shape[3]
 
 
 def _images(tensor: Tensor, per_pixel: int) -> int:

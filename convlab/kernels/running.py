@@ -68,10 +68,12 @@ def runnable(kernel):
 @functools.cache
 def _interpreted(kernel):
     """The kernel for the interpreter, with the functions that it calls as plain Python."""
+    from triton.language import core
     from triton.runtime.interpreter import InterpretedFunction
 
     python = kernel.fn
     known = {n: getattr(v, "fn", v) if _jitted(v) else v for n, v in python.__globals__.items()}
+    known["triton.language.core"] = core  # so that tl.sum and tl.zeros are interpreted inside too
     copy = types.FunctionType(python.__code__, known, python.__name__, python.__defaults__)
     return InterpretedFunction(functools.update_wrapper(copy, python))
 

@@ -43,11 +43,13 @@ COLOURS = {
     "fft": "#9A8F1B",
     "compiled": "#8F86E0",
     "fused": "#332288",
+    "implicit_gemm": "#B3003C",
     "auto": "#000000",
     "unfoldnd": "#4D4D4D",
     "einconv": "#737373",
     "fft_conv": "#9C9C9C",
     "compiled_thread": "#C2C2C2",
+    "compiled_native_matmul": "#606060",
 }
 STAGE_COLOURS = {
     "unfold": "#E69F00",
