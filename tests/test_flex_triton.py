@@ -342,3 +342,25 @@ def test_says_why_not(monkeypatch):
     monkeypatch.setattr(running.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape("triton is not installed")):
         flex_conv2d(x, weight, lambda x, w: x * w, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_on_a_gpu(reduce, layout, monkeypatch):
+    """The tile is chosen by time: the result must not depend on it."""
+    from convlab.kernels import running
+
+    monkeypatch.setattr(running, "_interpreting", False)
+    for problem in (EACH[1], EACH[6], ConvProblem(8, 10, 15, 50, 50, kernel_size=3, padding=1)):
+        for name in ("|x − w|", "x + w", "Huber", "GELU"):
+            x, weight = tensors_of(problem, layout=layout)[:2]
+            tensors = [t.detach().cuda().requires_grad_() for t in (x, weight)]
+            sizes = problem.kwargs | {"pad_value": 0.3}
+            results = []
+            for backend in ("triton", "eager"):
+                y = flex_conv2d(*tensors, FUNCTIONS[name], reduce, **sizes, backend=backend)
+                results.append([y, *torch.autograd.grad(y.sum(), tensors)])
+            for ours, exact in zip(*results, strict=True):
+                scale = float(exact.abs().max())
+                torch.testing.assert_close(ours, exact, rtol=0.0, atol=1e-10 * scale)

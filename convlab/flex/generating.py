@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable
 
 import torch
+from torch.fx import GraphModule
 
 from convlab.flex.combine import Combine, parse
 from convlab.flex.spelling import TYPES, device_function, is_finite, simplified
@@ -55,16 +56,20 @@ def source(combine: Combine) -> str:
     `exponential`."""
     names = arguments(combine)
     captured = names[combine.arity :]
-    graph = simplified(combine.value)
-    functions = [_numbers(len(captured)), device_function(graph, None, "value", names)]
-    graph = simplified(combine.partials)
+    value, slopes = _graphs(combine)
+    functions = [_numbers(len(captured)), device_function(value, None, "value", names)]
     for which, name in enumerate(partials(combine)):
-        functions.append(device_function(graph, which, name, names))
-    dtype = next(iter(graph.graph.nodes)).meta["val"].dtype
+        functions.append(device_function(slopes, which, name, names))
+    dtype = next(iter(value.graph.nodes)).meta["val"].dtype
     exp = FAST if dtype == torch.float32 else "tl.exp"
     functions.append(TAIL.format(type=TYPES[dtype], exp=exp))
     title = "combine and its derivatives, as generated for Triton."
     return "\n\n".join([HEAD.format(title=title), *functions])
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _graphs(combine: Combine) -> tuple[GraphModule, GraphModule]:
+    return simplified(combine.value), simplified(combine.partials)
 
 
 def arguments(combine: Combine) -> list[str]:
@@ -79,11 +84,10 @@ def partials(combine: Combine) -> list[str]:
     return [f"by_{name}" for name in arguments(combine)]
 
 
-@functools.lru_cache(maxsize=REMEMBERED)
 def finite(combine: Combine, which: int) -> bool:
     """Whether the value and the derivative by argument `which` are finite at finite arguments."""
-    value, partial = simplified(combine.value), simplified(combine.partials)
-    return is_finite(value, 0) and is_finite(partial, which)
+    value, slopes = _graphs(combine)
+    return is_finite(value, 0) and is_finite(slopes, which)
 
 
 @functools.lru_cache(maxsize=REMEMBERED)

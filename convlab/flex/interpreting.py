@@ -38,7 +38,7 @@ class _Libdevice:
         return interpreted
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2048)
 def plain(function) -> Callable | None:
     """A generated Triton function as the Python function that the interpreter calls."""
     if function is None:
