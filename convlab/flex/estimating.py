@@ -20,6 +20,7 @@ from convlab.kernels.launching import Launch
 ARITHMETIC = re.compile(r"(@!?U?P\w+ +)?(F(ADD|MUL|FMA|MNMX|SETP?|SEL)|D(ADD|MUL|FMA|SETP)|MUFU)\b")
 LOAD = re.compile(r"(@!?U?P\w+ +)?LDG\b")
 LANES = 128  # instructions for one thread each that a multiprocessor starts per cycle: 4 warps
+SPECIAL = 16  # of exponentials and the like
 
 
 class Estimate(NamedTuple):
@@ -27,11 +28,13 @@ class Estimate(NamedTuple):
 
     Attributes:
         instructions: per term, with its share of loads, addresses and the loop.
+        special: those among them that take eight times as long: exponentials, roots, reciprocals.
         terms: all that the launch computes, with those that fill up its tiles.
-        seconds: instructions · terms at one instruction per lane and cycle.
+        seconds: terms · the larger of instructions and 8 · special, one per lane and cycle.
     """
 
     instructions: float
+    special: float
     terms: int
     seconds: float
 
@@ -45,19 +48,19 @@ def estimate(
 ) -> Estimate:
     """The instruction-bound time of a launch; multiprocessors and clock (Hz): an H200's, boosted.
 
-    Exponentials and the like start at an eighth of the speed (16 lanes): a loop in which they are
-    more than an eighth of the instructions takes longer than this.
-
     Source of the defaults: NVIDIA's H200 data sheet, 67 TFLOP/s in float32 = 132 · 128 · 2 · clock.
     """
     code = compile_launch(launch, tile, capability)
     threads = 32 * tile.warps
-    per_term = per_pass(disassemble(code.ptx, capability)) * threads / tile.sums
+    instructions, special = (
+        count * threads / tile.sums for count in per_pass(disassemble(code.ptx, capability))
+    )
     programs = 1
     for count in launch.grid(tile.constants()):
         programs *= count
     terms = programs * tile.rows * tile.channels * _passes(launch, tile)
-    return Estimate(per_term, terms, per_term * terms / (multiprocessors * LANES * clock))
+    cycles = terms * max(instructions, LANES / SPECIAL * special) / (multiprocessors * LANES)
+    return Estimate(instructions, special, terms, cycles / clock)
 
 
 def _passes(launch: Launch, tile: Tile) -> int:
@@ -107,8 +110,8 @@ def loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
     return [[text for _, text in instructions[a : b + 1]] for a, b in inner]
 
 
-def per_pass(instructions: list[tuple[int, str]]) -> float:
-    """Instructions of the innermost loop for one term of each sum of a thread.
+def per_pass(instructions: list[tuple[int, str]]) -> tuple[float, float]:
+    """Instructions, and special ones, of the innermost loop for one term of each sum of a thread.
 
     A compiler may write a loop several times over, with a plain one behind it for the rest: the
     plain one tells how many times.
@@ -119,4 +122,5 @@ def per_pass(instructions: list[tuple[int, str]]) -> float:
         raise ValueError("the machine code has no loop with loads and arithmetic")
     plain = min(count for count, _ in found)
     most, main = max(found, key=lambda pair: pair[0])
-    return len(main) / round(most / plain)
+    times = round(most / plain)
+    return len(main) / times, sum("MUFU" in text for text in main) / times
