@@ -128,11 +128,11 @@ def test_every_operation_compiles():
 
     problem = PROBLEMS["thread_b2"].replace(batch=1, height=8, width=8)
     known = [*functions.UNARY.values()]
-    for dtype in (torch.float32, torch.float64):
+    for dtype, passes in ((torch.float32, 2), (torch.float64, 1)):
         for some in (known[first::8] for first in range(8)):
 
             def combine(x, w, some=some):
                 return sum(f(x) for f in some) * w
 
-            for launch in launches(problem, combine, "sum", dtype):
+            for launch in launches(problem, combine, "sum", dtype)[:passes]:
                 compile_launch(launch, fitting(launch)[0])

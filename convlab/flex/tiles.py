@@ -82,8 +82,9 @@ def fitting(kernel, sizes: dict, constants: dict) -> list[Tile]:
     most = max(t.channels for t in tiles)
     narrow = [t for t in tiles if min(wide, most) // 2 <= t.channels <= wide] or [tiles[0]]
     if kernel is weight_gradients:
-        heavy = constants["SUM"] == tl.float64
-        return [t for t in narrow if t.sums <= (4096 if heavy else 8192)] or narrow[:1]
+        if constants["SUM"] == tl.float64:
+            return [t for t in tiles if t.channels <= wide and t.sums <= 4096]
+        return narrow
     heavy = constants["SUM"] == tl.float64 or constants["REDUCE"] == "logsumexp"
     rows = 128 if constants["NHWC"] else 256
     return [t for t in narrow if t.rows <= rows and t.sums <= (4096 if heavy else 8192)] or [
