@@ -1,5 +1,6 @@
 """`flex_conv2d`: the reader's own `combine(x, w)` in place of the product, fused."""
 
 from convlab.flex.function import flex_conv2d
+from convlab.flex.generating import triton_source
 
-__all__ = ["flex_conv2d"]
+__all__ = ["flex_conv2d", "triton_source"]

@@ -16,7 +16,7 @@ from convlab.flex.combine import parse
 from convlab.flex.forms import REDUCTIONS, by_definition
 from convlab.problem import same_padding
 
-BACKENDS = ("inductor", "eager", "loops")
+BACKENDS = ("inductor", "triton", "eager", "loops")
 
 
 def flex_conv2d(
@@ -50,7 +50,9 @@ def flex_conv2d(
         aux: (N, 1 or K, OH, OW), a value per output pixel: the third argument of combine.
         backend: "inductor": fused loops, compiled at the first call of each size; "eager": columns
             and broadcasting, the definition; "loops": the fused loops uncompiled, a few images at
-            a time, which "inductor" falls back to where there is no C++ compiler.
+            a time, which "inductor" falls back to where there is no C++ compiler; "triton":
+            kernels for CUDA that need no padded copy of x (`triton_source` shows their
+            functions), which on the CPU run in `convlab.kernels.interpreter` only.
 
     Differentiable; a second time through the eager form, with its memory.
 
@@ -82,6 +84,7 @@ def flex_conv2d(
     parsed = parse(combine, torch.float32 if x.dtype.itemsize < 4 else x.dtype, aux is not None)
     compiled = backend == "inductor" and _can_compile(x.device.type)
     call = running.Call(parsed, reduce, stride, (top, left), dilation, groups, compiled)
+    call = call._replace(size=size, triton=backend == "triton")
     return _Flex.apply(x, weight, aux, call, combine, surround, *parsed.captured)
 
 
@@ -89,18 +92,23 @@ class _Flex(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, aux, call, combine, surround, *captured):
         ctx.call, ctx.combine, ctx.surround = call, combine, surround
-        y = running.forward(call, _pad(x, *surround), weight.contiguous(), aux, captured)
+        if call.triton:
+            from convlab.flex import launching
+
+            y = launching.forward(call, x, weight, aux, captured, surround[1])
+        else:
+            y = running.forward(call, _pad(x, *surround), weight.contiguous(), aux, captured)
         kept = None if call.reduce == "sum" else y
         ctx.save_for_backward(x, weight, aux, kept, *captured)
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, aux, y, *captured = ctx.saved_tensors
         call, nothing = ctx.call, (None, None, None)
         needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:]]
-        padded = _pad(x, *ctx.surround)
         if torch.is_grad_enabled():  # backward itself is to be differentiated
+            padded = _pad(x, *ctx.surround)
             wanted = [t for t, need in zip((x, weight, aux, *captured), needs) if need]
             sizes = call.stride, call.dilation, call.groups
             again = by_definition(padded, weight, aux, ctx.combine, call.reduce, *sizes)
@@ -108,9 +116,14 @@ class _Flex(torch.autograd.Function):
             found = iter(some)
             results = [next(found) if need else None for need in needs]
         else:
-            results = running.gradients(
-                call, x, padded, weight.contiguous(), aux, captured, grad, y, needs
-            )
+            tensors = aux, captured, grad, y, needs
+            if call.triton:
+                from convlab.flex import launching
+
+                results = launching.gradients(call, x, weight, *tensors, ctx.surround[1])
+            else:
+                padded = _pad(x, *ctx.surround)
+                results = running.gradients(call, x, padded, weight.contiguous(), *tensors)
             shapes = [None, None, None, *(t.shape for t in captured)]
             results = [
                 r if r is None or shape is None else r.reshape(shape)

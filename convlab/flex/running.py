@@ -35,6 +35,8 @@ class Call(NamedTuple):
     Attributes:
         pads: (top, left).
         compiled: by inductor; else the loops run as they are.
+        size: (OH, OW).
+        triton: by the Triton kernels of `launching` instead.
     """
 
     combine: Combine
@@ -44,6 +46,8 @@ class Call(NamedTuple):
     dilation: tuple[int, int]
     groups: int
     compiled: bool
+    size: tuple[int, int] = (0, 0)
+    triton: bool = False
 
     def plan(self, size: Sequence[int], channels: int, width: int = 1) -> Plan:
         """For outputs of `size`, of which each group has `channels`, `width` sums for each."""
