@@ -263,6 +263,20 @@ def test_many_sizes_and_functions_in_one_process():
         torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_no_gradient_where_there_is_no_output(reduce):
+    """A slope that is infinite at taps that do not exist."""
+    x = torch.ones(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([[[[1.0, 3.0]]]], dtype=torch.float64, requires_grad=True)
+
+    def root(x, w):
+        return ((x - w).abs() + 0.0).sqrt()
+
+    y = flex_conv2d(x, weight, root, reduce, stride=3, padding=(0, 0), backend="loops")
+    (gx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gx[..., 1:, :], torch.zeros_like(gx[..., 1:, :]))
+
+
 def test_what_a_function_closes_over_may_change():
     x, weight = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 1)
     settings_ = types.SimpleNamespace(power=2.0)

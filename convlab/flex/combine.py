@@ -17,6 +17,21 @@ from torch.overrides import TorchFunctionMode
 
 PROBES = 7  # values on which the function is tried
 REMEMBERED = 256  # functions whose graphs are kept
+UNBOUNDED = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        "div",
+        "reciprocal",
+        "rsqrt",
+        "sqrt",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "pow",
+        "tan",
+    )
+}
 READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy")
 
 
@@ -29,6 +44,7 @@ class Combine:
         value: graph (x, w, [aux,] *captured) → the combination, for tensors of any shapes that
             broadcast.
         partials: graph of the same → derivatives by x, w, [aux,] *captured.
+        unbounded: whether a derivative may be infinite where the value is not.
         text: both graphs as text: equal texts compute the same.
 
     Raises:
@@ -45,6 +61,12 @@ class Combine:
         with torch.enable_grad():
             self.value = _graph(self._value, numbers)
             self.partials = _graph(self._partials, numbers)
+        used = {
+            n.target.overloadpacket
+            for n in self.partials.graph.nodes
+            if n.op == "call_function" and hasattr(n.target, "overloadpacket")
+        }
+        self.unbounded = bool(used & UNBOUNDED)
         constants = _constants(self.value, self.partials)
         self.text = f"{self.arity} {dtype} {self.value.code}{self.partials.code}{constants}"
 

@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
 
 def forward(x, weight, aux, *rest) -> Tensor:
-    """→ y (N, K, OH, OW)."""
+    """→ y (N, K, OH, OW), of short floats in float32."""
     *captured, plan = rest
     window, filters, aux = _by_groups(x, weight, aux, plan)
 
@@ -55,7 +55,7 @@ def forward(x, weight, aux, *rest) -> Tensor:
 
         return _reduced(terms, plan.reduce)
 
-    return _interleave(output, filters.shape[1], plan).to(x.dtype)
+    return _interleave(output, filters.shape[1], plan)
 
 
 def input_gradient(x, weight, aux, grad, y, *rest) -> Tensor:
@@ -81,6 +81,8 @@ def input_gradient(x, weight, aux, grad, y, *rest) -> Tensor:
             extra = () if aux is None else (others[-1],)
             inputs = x[:, :, channels], _filters(w[:, channels], j), *extra, *captured
             term = go * _partial(plan, 0, *inputs)
+            if plan.combine.unbounded:  # no output there: nothing, were the slope infinite
+                term = torch.where(go == 0, 0.0, term)
             terms.append(term if y is None else term * _share(plan, inputs, others[0]))
         return functools.reduce(torch.add, terms).sum((3, 4))
 
