@@ -234,7 +234,7 @@ NAMES = ["0", "2.0", "2.1"]
         (lambda name, module: name != "0", [False, True, True]),
         (lambda name, module: module.kernel_size == (3, 3), [True, True, False]),
     ],
-    ids=str,
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_only(only, expected):
     model = swap_convolutions(small_model(), "unfold", only)
@@ -252,7 +252,7 @@ def test_only(only, expected):
         ([nn.Conv2d], "only must be names, patterns, a function or None, got [<class"),
         (lambda name, module: False, "only must choose a convolution, none of: 0, 2.0, 2.1"),
     ],
-    ids=str,
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_a_bad_only_is_named(only, message):
     model = small_model()

@@ -90,25 +90,58 @@ def input_gradient(x, weight, aux, grad, y, *rest) -> Tensor:
 
 
 def weight_gradient(x, weight, aux, grad, y, *rest) -> Tensor:
-    """→ weight's gradient (K, C / groups, kh, kw), summed over these images."""
+    """→ weight's gradient (K, C / groups, kh, kw), summed over these images.
+
+    Args:
+        x: padded (N, C, H, W); or its `shifted_rows`, whose pixels form one long axis: vectors
+            are full then, however narrow the image is.
+    """
     *captured, plan = rest
-    window, filters, aux = _by_groups(x, weight, aux, plan)
+    flat = x.dim() == 5
     split = (plan.groups, -1)
+    filters = _wide(weight).unflatten(0, split)
+    aux = (
+        None
+        if aux is None
+        else _wide(aux).unflatten(1, _split(aux, plan.groups))[:, :, :, None, None]
+    )
     grad, y = (
         t if t is None else _wide(t).unflatten(1, split)[:, :, :, None, None] for t in (grad, y)
     )  # N, G, K / G, 1, 1, OH, OW
+    if flat:
+        aux, grad, y = (t if t is None else t.flatten(-2) for t in (aux, grad, y))
+        given = _flat_taps(_wide(x).unflatten(1, (plan.groups, 1, -1)), weight, plan)
+    else:
+        given = _taps(_wide(x).unflatten(1, (plan.groups, 1, -1)), weight, plan)
     blocks = []
     for first in range(plan.at_once):
         channels = slice(first, None, plan.at_once)
         columns = []
-        for j, pixels in enumerate(_taps(window, weight, plan)):
-            inputs = pixels, _filters(filters[:, channels], j), *_aux(aux, channels), *captured
+        for j, pixels in enumerate(given):
+            w = _filters(filters[:, channels], j)
+            w = w[..., 0] if flat else w
+            inputs = pixels, w, *_aux(aux, channels), *captured
             term = grad[:, :, channels] * _partial(plan, 1, *inputs)
             if y is not None:
                 term = term * _share(plan, inputs, y[:, :, channels])
-            columns.append(term.sum((0, 5, 6)))  # G, K / G, C / G, kh
+            columns.append(term.sum((0, 5) if flat else (0, 5, 6)))  # G, K / G, C / G, kh
         blocks.append(torch.stack(columns, 4))
     return torch.stack(blocks, 2).flatten(0, 2)
+
+
+def shifted_rows(padded: Tensor, kernel: int, plan) -> Tensor:
+    """Padded x (N, C, H, W) → (N, C, kw, H, OW): each row as every one of `kernel` taps sees it."""
+    step, last = plan.stride[1], plan.stride[1] * (plan.size[1] - 1) + 1
+    firsts = [j * plan.dilation[1] for j in range(kernel)]
+    return torch.stack([padded[..., j : j + last : step] for j in firsts], 2)
+
+
+def _flat_taps(rows: Tensor, weight: Tensor, plan) -> list[Tensor]:
+    """Rows (…, kw, H, OW), stride 1 downwards → kw views (…, kh, OH · OW)."""
+    (oh, ow), down = plan.size, plan.dilation[0]
+    kh, kw = weight.shape[2:]
+    rows = rows[..., : oh + down * (kh - 1), :].flatten(-2)
+    return [rows[..., j, :].unfold(-1, oh * ow, down * ow) for j in range(kw)]
 
 
 def sensitivity(x, weight, aux, y, *rest) -> Tensor:

@@ -117,20 +117,22 @@ def _weight_gradient(call, padded, weight, aux, captured, grad, y) -> Tensor:
     plan = call.plan(grad.shape[2:], channels, kw)
     images = _images(grad, _terms(weight))
     if call.compiled:
-        images = _cached(padded, grad) if padded.device.type == "cpu" else len(padded)
+        images = _cached(padded, grad, kw) if padded.device.type == "cpu" else len(padded)
     images = -(-len(padded) // max(1, -(-len(padded) // max(1, images))))  # of about equal size
     total = None
     for part in chunks(len(padded), images):
         batch = [None if t is None else t[part] for t in (padded, aux, grad, y)]
+        if call.compiled and padded.device.type == "cpu" and call.stride[0] == 1:
+            batch[0] = loops.shifted_rows(batch[0], kw, plan)
         tensors = batch[0], weight, *batch[1:], *captured
         found = _function(call, loops.weight_gradient, (plan,), (0, 2, 3, 4))(*tensors)
         total = found if total is None else total.add_(found)
     return (torch.zeros_like(weight) if total is None else total).to(weight.dtype)
 
 
-def _cached(padded: Tensor, grad: Tensor) -> int:
+def _cached(padded: Tensor, grad: Tensor, copies: int) -> int:
     """Images that stay in a cache while all taps pass over them."""
-    per_image = padded[:1].nbytes + grad[:1].nbytes
+    per_image = copies * padded[:1].nbytes + grad[:1].nbytes
     return 2 * machine.cache_bytes("cpu") // max(per_image, 1)
 
 
