@@ -2,6 +2,7 @@
 
 from convlab.algorithms import ALGORITHMS
 from convlab.auto import explain
+from convlab.flex import FlexConv2d, flex_conv2d
 from convlab.layers import Conv2d, ThreadConv2d
 from convlab.oracle import check
 from convlab.problem import ConvProblem
@@ -14,9 +15,11 @@ __all__ = [
     "PROBLEMS",
     "Conv2d",
     "ConvProblem",
+    "FlexConv2d",
     "ThreadConv2d",
     "check",
     "compare",
     "explain",
+    "flex_conv2d",
     "measure",
 ]

@@ -1,5 +1,6 @@
-"""`flex_conv2d`: the reader's own `combine(x, w)` in place of the product, fused, with gradients."""
+"""`flex_conv2d`: the reader's own `combine(x, w)` in place of the product, fused."""
 
 from convlab.flex.function import flex_conv2d
+from convlab.flex.module import FlexConv2d
 
-__all__ = ["flex_conv2d"]
+__all__ = ["FlexConv2d", "flex_conv2d"]
