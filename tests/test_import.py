@@ -20,6 +20,7 @@ LAYERS = [
     "counts",
     "cost",
     "machine",
+    "guide",
     "timing",
     "pitfalls",
     "kernels",

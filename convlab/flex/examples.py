@@ -6,7 +6,7 @@ keyword arguments stride, padding and dilation of `F.conv2d`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +146,9 @@ def kept_product(x: Tensor, w: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(x.abs() < threshold, 0.0, x * w)
 
 
-def patch_topk(x: Tensor, weight: Tensor, ratio: float, **sizes) -> Tensor:
+def patch_topk(
+    x: Tensor, weight: Tensor, ratio: float, backend: str = "inductor", **sizes
+) -> Tensor:
     """Σ x·w over the largest |x| of each patch, `ratio` of its C·kh·kw (rounded, ≥ 1).
 
     All values equal to the smallest one that is kept are kept too: unlike `torch.topk`, which takes
@@ -158,11 +160,13 @@ def patch_topk(x: Tensor, weight: Tensor, ratio: float, **sizes) -> Tensor:
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must be above 0 and at most 1, got {ratio!r}")
     count = max(1, round(ratio * weight[0].numel()))
-    threshold = kth_largest(x.detach().abs(), weight.shape[2:], count, **sizes)
-    return flex_conv2d(x, weight, kept_product, aux=threshold, **sizes)
+    threshold = kth_largest(x.detach().abs(), weight.shape[2:], count, backend, **sizes)
+    return flex_conv2d(x, weight, kept_product, aux=threshold, backend=backend, **sizes)
 
 
-def kth_largest(x: Tensor, kernel_size, count: int, **sizes) -> Tensor:
+def kth_largest(
+    x: Tensor, kernel_size: Sequence[int], count: int, backend: str = "inductor", **sizes
+) -> Tensor:
     """The count-th largest of each patch of x (N, C, H, W) ≥ 0, exactly → (N, 1, OH, OW).
 
     Bisection over bit patterns: numbers ≥ 0 are ordered as their bits are, so float32 needs at
@@ -174,7 +178,7 @@ def kth_largest(x: Tensor, kernel_size, count: int, **sizes) -> Tensor:
     high = torch.full_like(low, int(x.max().view(integers)) + 1 if x.numel() else 1)
     while bool((high - low > 1).any()):  # count values are ≥ low, fewer are ≥ high
         middle = low + (high - low) // 2
-        found = flex_conv2d(x, ones, at_least, aux=middle.view(x.dtype), **sizes)
+        found = flex_conv2d(x, ones, at_least, aux=middle.view(x.dtype), backend=backend, **sizes)
         low, high = (
             torch.where(found >= count, middle, low),
             torch.where(found >= count, high, middle),

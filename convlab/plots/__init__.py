@@ -20,6 +20,7 @@ from convlab.plots.basics import (
     timeline,
     trace,
 )
+from convlab.plots.guide import gains, tree
 from convlab.plots.ladder import at_a_time, dumbbells, front, ladder_map, rungs, trade, versus
 from convlab.plots.library import KINDS, layer_map, network_bars, switches, variant_colour
 from convlab.plots.scaling import agreement, budget, heat, scaling, slope
@@ -53,6 +54,7 @@ __all__ = [
     "finish",
     "forest",
     "front",
+    "gains",
     "heat",
     "ladder_map",
     "layer_map",
@@ -75,6 +77,7 @@ __all__ = [
     "timeline",
     "trace",
     "trade",
+    "tree",
     "variant_colour",
     "verdict_grid",
     "versus",
