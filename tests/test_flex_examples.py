@@ -261,11 +261,11 @@ def test_weights_of_each_sample(sizes):
 def test_weights_of_each_place(sizes):
     x, weight = tensors()
     p = patches(x, (3, 2), sizes)  # N, OH, OW, C, kh, kw
-    weights = torch.randn(3, 4, 3, 2, *p.shape[1:3], dtype=torch.float64, requires_grad=True)
-    expected = torch.einsum("nyxcij,kcijyx->nkyx", p, weights)
+    weights = torch.randn(*p.shape[1:3], 3, 4, 3, 2, dtype=torch.float64, requires_grad=True)
+    expected = torch.einsum("nyxcij,yxkcij->nkyx", p, weights)
     assert_same(examples.locally_connected(x, weights, **sizes), expected, x, weights)
 
-    same = weight[..., None, None].expand_as(weights)
+    same = weight.expand_as(weights)
     y = examples.locally_connected(x, same, **sizes)
     torch.testing.assert_close(y, F.conv2d(x, weight, **sizes))
 

@@ -157,7 +157,7 @@ def deviation(
         grad[:images].double(),
         problem,
     )
-    largest = float((1 + x.abs().max()) * (1 + weight.abs().max()))
+    largest = float((1 + x.detach().abs().max()) * (1 + weight.abs().max()))
     k = math.prod(problem.kernel_size)
     counts = (
         weight[0].numel(),

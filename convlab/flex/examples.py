@@ -186,7 +186,7 @@ def kth_largest(
     return low.view(x.dtype)
 
 
-# Different weights per sample or per place: groups, bmm, shifted products
+# Different weights per sample or per place
 
 
 def per_sample(x: Tensor, weights: Tensor, **sizes) -> Tensor:
@@ -196,13 +196,14 @@ def per_sample(x: Tensor, weights: Tensor, **sizes) -> Tensor:
 
 
 def locally_connected(x: Tensor, weights: Tensor, **sizes) -> Tensor:
-    """weights (K, C, kh, kw, OH, OW), one set per place: for each tap one bmm over the places."""
-    y = None
-    for i, j, pixels in _taps(x, weights.shape[2:4], **sizes):
-        a = pixels.flatten(2).permute(2, 0, 1)  # L, N, C
-        b = weights[:, :, i, j].flatten(2).permute(2, 1, 0)  # L, C, K
-        y = torch.bmm(a, b) if y is None else torch.baddbmm(y, a, b)
-    return y.permute(1, 2, 0).unflatten(2, weights.shape[4:])
+    """weights (OH, OW, K, C, kh, kw), one set per place: one bmm over the places.
+
+    The columns are K / N times smaller than the weights, so they may be written out; what counts is
+    that the weights of one place lie together.
+    """
+    matrices = weights.flatten(0, 1).flatten(2)  # L, K, C·k²
+    columns = F.unfold(x, weights.shape[4:], **sizes).permute(2, 0, 1).contiguous()  # L, N, C·k²
+    return torch.bmm(columns, matrices.mT).permute(1, 2, 0).unflatten(2, weights.shape[:2])
 
 
 def involution(x: Tensor, kernels: Tensor, **sizes) -> Tensor:
