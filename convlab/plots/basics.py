@@ -44,6 +44,8 @@ COLOURS = {
     "compiled": "#8F86E0",
     "fused": "#332288",
     "auto": "#000000",
+    "flex_conv2d": "#AA4499",
+    "by_definition": "#B8860B",
     "unfoldnd": "#4D4D4D",
     "einconv": "#737373",
     "fft_conv": "#9C9C9C",

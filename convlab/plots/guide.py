@@ -31,7 +31,7 @@ def tree(steps: Sequence[tuple[str, str, str, str]], last: tuple[str, str, str],
     """
     height = 1.28
     total = height * (len(steps) + 1)
-    figure, axes = plt.subplots(figsize=(WIDTH, total + 0.2))
+    figure, axes = plt.subplots(figsize=(WIDTH, total + 0.2), dpi=80)
     for i, (question, *answer) in enumerate(steps):
         top = total - i * height
         _box(axes, LEFT, top, 4.4, textwrap.fill(question, 46), QUESTION)
