@@ -96,7 +96,8 @@ def gains(panels: Mapping[str, pd.DataFrame], title: str, note: str, floor: floa
         )
         for axis, (name, table) in zip(grid[0], panels.items()):
             axis.set_xscale("log")
-            top = max(2.0, float(np.nanmax(table["ratio"])))
+            ends = table["ratio_high"] if "ratio_high" in table else table["ratio"]
+            top = max(2.0, float(np.nanmax(ends)))
             low = min(1.0, max(floor, float(np.nanmin(table["ratio"]))))
             axis.set_xlim(low / 1.3, top * (top / low) ** 0.3)
             for y, row in enumerate(table.reindex(names).itertuples()):
