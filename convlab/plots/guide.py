@@ -55,12 +55,12 @@ def _box(axes: Axes, x: float, top: float, width: float, text: str, colour: str)
 def _answer(axes: Axes, x: float, top: float, kind: str, action: str, examples: str) -> None:
     _box(axes, x, top, 5.2, "", ANSWER)
     axes.text(x + 0.1, top - 0.17, kind, va="center", fontsize=10, weight="bold")
-    body = textwrap.fill(action, 68)
+    body = textwrap.fill(action, 66)
     axes.text(x + 0.1, top - 0.29, body, va="top", fontsize=8.5, linespacing=1.05)
     axes.text(
         x + 0.1,
         top - 0.86,
-        textwrap.shorten(examples, 80),
+        textwrap.shorten(examples, 74),
         va="center",
         fontsize=8.5,
         style="italic",
