@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convlab import machine
 from convlab.experiments.cases import KEPT, Case, Settings, compare_case, one_pass, training_step
-from convlab.experiments.custom import COMBINATIONS, custom_case
+from convlab.experiments.custom import BOTH, COMBINATIONS, FLEX, custom_case
 from convlab.experiments.facts import ceilings_case, stages_case, storage_case
 from convlab.experiments.library import library_case
 from convlab.experiments.mistakes import MISTAKES, mistakes_case
@@ -259,16 +259,15 @@ def _custom(s: Settings) -> list[Case]:
 
     By its definition, training with all four would take minutes: two of them stand for it.
     """
-    both, flex = ("flex_conv2d", "by_definition"), ("flex_conv2d",)
     first, second, *others = COMBINATIONS
     layer = PROBLEMS["wide_32"]
     layer = layer.replace(batch=8) if s.quick else layer
-    plan = [(first, layer, q, both) for q in PASSES]
+    plan = [(first, layer, q, forms) for q in PASSES for forms in (BOTH, FLEX)]
     if not s.quick:
-        plan += [(second, layer, q, both) for q in PASSES]
-        plan += [(name, layer, "forward", both) for name in others]
-        plan += [(name, layer, "train", flex) for name in others]
-        plan += [(first, thread_problem(512), q, both) for q in PASSES]
+        plan += [(second, layer, q, forms) for q in PASSES for forms in (BOTH, FLEX)]
+        plan += [(name, layer, "forward", BOTH) for name in others]
+        plan += [(name, layer, q, FLEX) for name in others for q in PASSES]
+        plan += [(first, thread_problem(512), q, forms) for q in PASSES for forms in (BOTH, FLEX)]
     return [custom_case("custom", *each[:3], s, each[3]) for each in plan]
 
 

@@ -170,12 +170,13 @@ def kth_largest(
     """The count-th largest of each patch of x (N, C, H, W) ≥ 0, exactly → (N, 1, OH, OW).
 
     Bisection over bit patterns: numbers ≥ 0 are ordered as their bits are, so float32 needs at
-    most 31 passes that count, and no columns.
+    most 31 passes that count, and no columns. NaN counts as larger than any number.
     """
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize]
     ones = x.new_ones(1, x.shape[1], *kernel_size)
     low = torch.zeros_like(F.conv2d(x[:, :1], ones[:, :1], **sizes)).view(integers)
-    high = torch.full_like(low, int(x.max().view(integers)) + 1 if x.numel() else 1)
+    largest = x.nan_to_num(nan=torch.inf, posinf=torch.inf).max() if x.numel() else x.new_zeros(())
+    high = torch.full_like(low, int(largest.view(integers)) + 1)
     while bool((high - low > 1).any()):  # count values are ≥ low, fewer are ≥ high
         middle = low + (high - low) // 2
         found = flex_conv2d(x, ones, at_least, aux=middle.view(x.dtype), backend=backend, **sizes)
