@@ -60,9 +60,9 @@ def _answer(axes: Axes, x: float, top: float, kind: str, action: str, examples: 
     axes.text(
         x + 0.1,
         top - 0.86,
-        textwrap.shorten(examples, 74),
+        textwrap.shorten(examples, 78, placeholder=" …"),
         va="center",
-        fontsize=8.5,
+        fontsize=8,
         style="italic",
     )
 
