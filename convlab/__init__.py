@@ -4,7 +4,7 @@ import importlib
 
 from convlab.algorithms import ALGORITHMS
 from convlab.auto import explain
-from convlab.flex import flex_conv2d
+from convlab.flex import FlexConv2d, flex_conv2d
 from convlab.layers import Conv2d, ThreadConv2d
 from convlab.oracle import check
 from convlab.problem import ConvProblem
@@ -19,6 +19,7 @@ __all__ = [
     "PROBLEMS",
     "Conv2d",
     "ConvProblem",
+    "FlexConv2d",
     "ThreadConv2d",
     "check",
     "compare",

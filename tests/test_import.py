@@ -21,6 +21,7 @@ LAYERS = [
     "cost",
     "guide",
     "machine",
+    "guide",
     "timing",
     "pitfalls",
     "kernels",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from convlab import machine
 from convlab.experiments.cases import KEPT, Case, Settings, compare_case, one_pass, training_step
+from convlab.experiments.custom import BOTH, COMBINATIONS, FLEX, custom_case
 from convlab.experiments.facts import ceilings_case, stages_case, storage_case
 from convlab.experiments.kernel import error_cases, kernel_cases
 from convlab.experiments.library import library_case
@@ -251,6 +252,38 @@ def _climbed(s: Settings) -> tuple[str, ...]:
     return tuple(name for name in LADDER if not (s.quick and name in SLOW_TO_START))
 
 
+# Other kinds of convolution
+
+
+def _custom(s: Settings) -> list[Case]:
+    """Four combinations on a wider layer, the first of them on the thread's problem too.
+
+    By its definition, training with all four would take minutes: two of them stand for it.
+    """
+    first, second, *others = COMBINATIONS
+    layer = PROBLEMS["wide_32"]
+    layer = layer.replace(batch=8) if s.quick else layer
+    plan = [(first, layer, q, forms) for q in PASSES for forms in (BOTH, FLEX)]
+    if not s.quick:
+        plan += [(second, layer, q, forms) for q in PASSES for forms in (BOTH, FLEX)]
+        plan += [(name, layer, "forward", BOTH) for name in others]
+        plan += [(name, layer, q, FLEX) for name in others for q in PASSES]
+        plan += [(first, thread_problem(512), q, forms) for q in PASSES for forms in (BOTH, FLEX)]
+    return [custom_case("custom", *each[:3], s, each[3]) for each in plan]
+
+
+def _custom_memory(s: Settings) -> list[Case]:
+    """The kernel grows: do the k² values of a patch need memory?"""
+    small = ConvProblem(8, 4, 4, 32, 32, kernel_size=1)
+    kernels, passes = ((3, 7), ("forward",)) if s.quick else ((1, 3, 5, 7), PASSES)
+    name = next(iter(COMBINATIONS))
+    return [
+        custom_case("custom_memory", name, small.replace(kernel_size=k, padding=k // 2), q, s)
+        for k in kernels
+        for q in passes
+    ]
+
+
 def _mistakes(s: Settings) -> list[Case]:
     return [mistakes_case(name, s) for name in MISTAKES] if s.on_gpu else []
 
@@ -282,6 +315,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "networks": Experiment("What does the library bring on real layers?", _networks),
     "ladder": Experiment("What does each rewrite bring?", _ladder),
     "network_step": Experiment("Does it matter in a whole network?", network_cases),
+    "custom": Experiment("What does a convolution of another kind cost?", _custom),
+    "custom_memory": Experiment("Does its memory grow with the kernel?", _custom_memory),
     "pitfalls": Experiment("Mistakes that only a GPU shows", _mistakes),
     "kernel": Experiment("How fast is a kernel whose columns are never stored?", _kernel),
     "kernel_errors": Experiment("How exact is it, beside the library?", _kernel_errors),

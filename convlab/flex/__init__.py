@@ -2,5 +2,6 @@
 
 from convlab.flex.function import flex_conv2d
 from convlab.flex.generating import triton_source
+from convlab.flex.module import FlexConv2d
 
-__all__ = ["flex_conv2d", "triton_source"]
+__all__ = ["FlexConv2d", "flex_conv2d", "triton_source"]

@@ -17,21 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 PROBES = 7  # values on which the function is tried
 REMEMBERED = 256  # functions whose graphs are kept
-UNBOUNDED = {
-    getattr(torch.ops.aten, name)
-    for name in (
-        "div",
-        "reciprocal",
-        "rsqrt",
-        "sqrt",
-        "log",
-        "log2",
-        "log10",
-        "log1p",
-        "pow",
-        "tan",
-    )
-}
+UNBOUNDED = ("div", "reciprocal", "rsqrt", "sqrt", "log", "log2", "log10", "log1p", "pow", "tan")
+ROUNDED_ONCE = (
+    *("add", "sub", "mul", "div", "neg", "abs", "maximum", "minimum", "where", "sqrt", "square"),
+    *("relu", "clamp", "clamp_min", "clamp_max", "sgn", "sign", "gt", "ge", "lt", "le", "eq", "ne"),
+    *("full_like", "zeros_like", "ones_like", "scalar_tensor", "reciprocal", "alias", "detach"),
+)
 READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy")
 
 
@@ -44,6 +35,8 @@ class Combine:
         value: graph (x, w, [aux,] *captured) → the combination, for tensors of any shapes that
             broadcast.
         partials: graph of the same → derivatives by x, w, [aux,] *captured.
+        exact: whether every operation of the value is rounded as IEEE 754 says, so that different
+            loops come to the same number bit for bit.
         unbounded: whether a derivative may be infinite where the value is not.
         text: both graphs as text: equal texts compute the same.
 
@@ -61,12 +54,8 @@ class Combine:
         with torch.enable_grad():
             self.value = _graph(self._value, numbers)
             self.partials = _graph(self._partials, numbers)
-        used = {
-            n.target.overloadpacket
-            for n in self.partials.graph.nodes
-            if n.op == "call_function" and hasattr(n.target, "overloadpacket")
-        }
-        self.unbounded = bool(used & UNBOUNDED)
+        self.exact = _operations(self.value) <= set(ROUNDED_ONCE)
+        self.unbounded = not _operations(self.partials).isdisjoint(UNBOUNDED)
         constants = _constants(self.value, self.partials)
         self.text = f"{self.arity} {dtype} {self.value.code}{self.partials.code}{constants}"
 
@@ -285,6 +274,12 @@ def _graph(function: Callable, numbers: list[Tensor]) -> torch.fx.GraphModule:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _operations(graph: torch.fx.GraphModule) -> set[str]:
+    """Names of the aten operations in it."""
+    called = [node for node in graph.graph.nodes if node.op == "call_function"]
+    return {str(node.target).split(".")[1] for node in called}  # aten.sqrt.default
 
 
 def _constants(*graphs: torch.fx.GraphModule) -> str:

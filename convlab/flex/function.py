@@ -44,7 +44,8 @@ def flex_conv2d(
             PyTorch operations. It may close over floating-point tensors of one number, which get
             gradients too.
         reduce: "sum", "max" or "logsumexp". Where several terms share the maximum, each gets an
-            equal part of the gradient, as in `torch.amax`.
+            equal part of the gradient, as in `torch.amax`; where `combine` holds an exponential or
+            the like, or on CUDA, terms within 8 roundoffs of the maximum count as equal to it.
         pad_value: what lies outside x. The terms of the padding count: with "max" and a combine
             x + w, -inf leaves them out; with "logsumexp" too.
         aux: (N, 1 or K, OH, OW), a value per output pixel: the third argument of combine.

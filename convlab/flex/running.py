@@ -78,10 +78,11 @@ def gradients(call: Call, x, padded, weight, aux, captured, grad, y, needs) -> l
     channels = len(weight) // call.groups
     plan = call.plan(size, channels)
     if call.reduce == "max":
-        y = y - loops.TIES * torch.finfo(y.dtype).eps * y.abs().nan_to_num(posinf=0.0)
+        if not (call.combine.exact and y.device.type == "cpu"):  # CUDA may fuse x · w + b
+            y = y - loops.TIES * torch.finfo(y.dtype).eps * y.abs().nan_to_num(posinf=0.0)
         tensors = padded, weight, aux, y, *captured
         ties = _per_image(call, loops.sensitivity, tensors, (0, 2, 3), (plan, -1), weight)
-        grad = grad / ties
+        grad = grad / ties.clamp(min=1.0)
     found: list[Tensor | None] = [None] * len(needs)
     if needs[0]:
         found[0] = _input_gradient(call, x, weight, aux, captured, grad, y)

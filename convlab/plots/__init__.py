@@ -20,6 +20,7 @@ from convlab.plots.basics import (
     timeline,
     trace,
 )
+from convlab.plots.guide import gains, tree
 from convlab.plots.kernel import above_floor, roofline, traffic, waste
 from convlab.plots.ladder import at_a_time, dumbbells, front, ladder_map, rungs, trade, versus
 from convlab.plots.library import KINDS, layer_map, network_bars, switches, variant_colour
@@ -59,6 +60,7 @@ __all__ = [
     "finish",
     "forest",
     "front",
+    "gains",
     "heat",
     "image",
     "ladder_map",
@@ -86,6 +88,7 @@ __all__ = [
     "trace",
     "trade",
     "traffic",
+    "tree",
     "variant_colour",
     "verdict_grid",
     "versus",

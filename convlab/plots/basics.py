@@ -45,6 +45,8 @@ COLOURS = {
     "fused": "#332288",
     "implicit_gemm": "#B3003C",
     "auto": "#000000",
+    "flex_conv2d": "#AA4499",
+    "by_definition": "#B8860B",
     "unfoldnd": "#4D4D4D",
     "einconv": "#737373",
     "fft_conv": "#9C9C9C",
