@@ -23,6 +23,7 @@ OPTIONS = (
 )
 REGISTERS = {"AVX512": 16}  # running sums at a time: half of the vector registers
 FEWER = 8
+SLOPES = 2  # registers of a sum over slopes: more of them only compile for longer
 EXPENSIVE = 4  # what an exponential takes of the registers
 TERMS = 2**20  # values that the loops, run as they are, hold at a time
 
@@ -76,7 +77,7 @@ def gradients(call: Call, x, padded, weight, aux, captured, grad, y, needs) -> l
     grad, y = grad.contiguous(), (None if call.reduce == "sum" else y)
     size = grad.shape[2:]
     channels = len(weight) // call.groups
-    plan = call.plan(size, channels)
+    plan = call.plan(size, channels, SLOPES)
     if call.reduce == "max":
         if not (call.combine.exact and y.device.type == "cpu"):  # CUDA may fuse x · w + b
             y = y - loops.TIES * torch.finfo(y.dtype).eps * y.abs().nan_to_num(posinf=0.0)
@@ -108,14 +109,15 @@ def _input_gradient(call, x, weight, aux, captured, grad, y) -> Tensor:
         None if t is None else _scatter(call, t, x, weight, fill)
         for t, fill in ((aux, 0.0), (grad, 0.0), (y, torch.inf))
     ]
-    plan = call.plan(x.shape[2:], x.shape[1] // call.groups)
+    width = SLOPES if call.reduce == "sum" else 2 * SLOPES
+    plan = call.plan(x.shape[2:], x.shape[1] // call.groups, width)
     tensors = x.contiguous(), weight, *scattered, *captured
     return _per_image(call, loops.input_gradient, tensors, (0, 2, 3, 4), (plan,), weight)
 
 
 def _weight_gradient(call, padded, weight, aux, captured, grad, y) -> Tensor:
     channels, kw = len(weight) // call.groups, weight.shape[3]
-    plan = call.plan(grad.shape[2:], channels, kw)
+    plan = call.plan(grad.shape[2:], channels, kw if call.reduce == "sum" else SLOPES * kw)
     images = _images(grad, _terms(weight))
     if call.compiled:
         images = _cached(padded, grad, kw) if padded.device.type == "cpu" else len(padded)
