@@ -129,7 +129,10 @@ def _answer() -> None:
 
 
 def _fingerprint(settings: Settings) -> str:
-    facts = [settings.device, machine.flags(), machine.versions(), machine.name(settings.device)]
+    versions = machine.versions()
+    if not settings.on_gpu:  # on the CPU nothing that is timed uses it
+        versions.pop("triton", None)
+    facts = [settings.device, machine.flags(), versions, machine.name(settings.device)]
     if settings.memory_limit is not None:
         facts.append(settings.memory_limit)
     return ("quick-" if settings.quick else "full-") + _digest(facts)
