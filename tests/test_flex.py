@@ -299,6 +299,17 @@ def test_what_a_function_closes_over_may_change():
         assert y.unique().item() == value + 1
 
 
+def test_operations_of_several_results_can_be_used():
+    x, weight = torch.randn(1, 1, 4, 4), torch.randn(2, 1, 2, 2)
+
+    def mantissa(x, w):
+        return torch.frexp(x).mantissa.detach() * w
+
+    y = flex_conv2d(x, weight, mantissa, "max", backend="loops")
+    torch.testing.assert_close(y, flex_conv2d(x, weight, mantissa, "max", backend="eager"))
+    assert not parse(mantissa, torch.float32, False).exact
+
+
 def test_a_function_written_again_is_not_parsed_again():
     def make(power):
         return lambda x, w: x * w**power

@@ -277,9 +277,9 @@ def _graph(function: Callable, numbers: list[Tensor]) -> torch.fx.GraphModule:
 
 
 def _operations(graph: torch.fx.GraphModule) -> set[str]:
-    """Names of the aten operations in it."""
-    called = [node for node in graph.graph.nodes if node.op == "call_function"]
-    return {str(node.target).split(".")[1] for node in called}  # aten.sqrt.default
+    """Names of the operations in it."""
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    return {getattr(target, "overloadpacket", target).__name__ for target in called}
 
 
 def _constants(*graphs: torch.fx.GraphModule) -> str:
