@@ -374,8 +374,13 @@ PART = 512  # pixels of y at least in a part of it
 def partial_sums(p: ConvProblem, programs: int = PROGRAMS) -> int:
     """Parts into which `implicit_gemm` cuts the sum over y's pixels, so that the GPU is full."""
     n, k, oh, ow = p.output_shape
-    tiles = p.groups * -(-p.taps // 128) * -(-(k // p.groups) // 64)
-    return max(1, min(programs // tiles, -(-n * oh * ow // PART)))
+    return parts_of_sum(n * oh * ow, p.taps, k // p.groups, p.groups, programs)
+
+
+def parts_of_sum(pixels: int, taps: int, filters: int, groups: int, programs: int) -> int:
+    """The same from y's pixels and a group's C · kh · kw and output channels."""
+    tiles = groups * -(-taps // 128) * -(-filters // 64)
+    return max(1, min(programs // tiles, -(-pixels // PART)))
 
 
 # A single image's matrix, transposed, is what BLAS takes as it is.

@@ -72,9 +72,9 @@ class Algorithm:
             raise TypeError(f"{self.name} has no option {min(unknown)!r}; its options: {known}")
         try:
             x, weight, bias = _autocast(x, weight, bias)
-            pad = padding if isinstance(padding, str) else _two(padding)
-            sizes = _two(stride), pad, _two(dilation), groups
-            valid = _valid(x, weight, bias, *sizes)
+            pad = padding if isinstance(padding, str) else two(padding)
+            sizes = two(stride), pad, two(dilation), groups
+            valid = takes(x, weight, bias, *sizes)
         except (TypeError, AttributeError):
             valid = False
         if not valid:
@@ -144,7 +144,7 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)
 
 
-def _two(value: int | Sequence[int]) -> tuple[int, ...]:
+def two(value: int | Sequence[int]) -> tuple[int, ...]:
     """`value` as a pair, one number doubled; TypeError where `F.conv2d` takes it for no number."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     if any(isinstance(v, bool) for v in values):
@@ -153,7 +153,7 @@ def _two(value: int | Sequence[int]) -> tuple[int, ...]:
     return values * 2 if len(values) == 1 else values
 
 
-def _valid(x, weight, bias, stride, padding, dilation, groups) -> bool:
+def takes(x, weight, bias, stride, padding, dilation, groups) -> bool:
     """Whether `F.conv2d` takes these arguments."""
     if not (x.dim() in (3, 4) and weight.dim() == 4 and len(stride) == len(dilation) == 2):
         return False

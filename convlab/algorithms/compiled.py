@@ -22,6 +22,21 @@ COMPILERS = ("g++", "clang++", "c++", "cl")
 BACKEND = "inductor"
 REMEMBERED = 256  # problems whose code is kept in memory
 
+# For sums that are to stay in registers. How far inductor may put off writing a value to memory:
+# the taps of a row are one expression.
+ONE_EXPRESSION = (
+    ("realize_acc_reads_threshold", 256),
+    ("realize_opcount_threshold", 4096),
+    ("realize_reads_threshold", 256),
+)
+SUMS = {"AVX512": 16}  # at a time: half of the vector registers
+FEWER_SUMS = 8
+
+
+def sums_at_once() -> int:
+    """How many running sums this processor's vector registers hold beside what is added."""
+    return SUMS.get(torch.backends.cpu.get_cpu_capability(), FEWER_SUMS)
+
 
 def limits(problem, device):
     return missing_compiler(device.type)

@@ -16,20 +16,15 @@ import torch.nn.functional as F
 
 from convlab.algorithms import rows
 from convlab.algorithms.base import add_bias, algorithm
-from convlab.algorithms.compiled import compiled_function, limits
+from convlab.algorithms.compiled import (
+    ONE_EXPRESSION,
+    compiled_function,
+    limits,
+    sums_at_once,
+)
 from convlab.algorithms.method import METHODS, Method, Sizes, convolve, gradients_by
 
-# How far inductor may put off writing a value to memory: the taps of a row are one expression.
-OPTIONS = (
-    ("realize_acc_reads_threshold", 256),
-    ("realize_opcount_threshold", 4096),
-    ("realize_reads_threshold", 256),
-)
-
-
 UNROLLED = 9  # taps that are written out one by one; of a larger kernel those of one row
-REGISTERS = {"AVX512": 16}  # sums at a time: half of the vector registers
-FEWER = 8
 
 
 @algorithm("The sum over taps compiled as it is written: no columns, no product.", limits=limits)
@@ -71,9 +66,8 @@ def output(x, weight, sizes):
     if not x.numel():
         return x.new_zeros(len(x), len(weight), *size)
     padded = F.pad(x, (pw, pw, ph, ph)) if ph or pw else x.contiguous()
-    at_once = REGISTERS.get(torch.backends.cpu.get_cpu_capability(), FEWER)
-    arguments = size, sizes.stride, sizes.dilation, sizes.groups, at_once
-    function = compiled_function(sum_of_taps, (padded, weight), arguments, OPTIONS)
+    arguments = size, sizes.stride, sizes.dilation, sizes.groups, sums_at_once()
+    function = compiled_function(sum_of_taps, (padded, weight), arguments, ONE_EXPRESSION)
     y = function(padded, weight.contiguous())
     return x.new_empty(0).set_(y)  # the same memory, and no view: it may be written to
 

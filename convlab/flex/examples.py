@@ -221,7 +221,7 @@ def involution(x: Tensor, kernels: Tensor, **sizes) -> Tensor:
 
 def _taps(x: Tensor, kernel, stride=1, padding=0, dilation=1) -> Iterator[tuple[int, int, Tensor]]:
     """(i, j, the values of x that tap i, j meets: a view (N, C, OH, OW))."""
-    stride, padding, dilation = map(base._two, (stride, padding, dilation))
+    stride, padding, dilation = map(base.two, (stride, padding, dilation))
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     places = [
         [slice(t * d, n - d * (k - 1 - t), s) for t in range(k)]

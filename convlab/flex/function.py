@@ -136,9 +136,9 @@ class _Flex(torch.autograd.Function):
 def _checked(x, weight, stride, padding, dilation, groups):
     """Tensors, and (stride, padding, dilation, groups) as pairs; the errors of `F.conv2d`."""
     try:
-        pad = padding if isinstance(padding, str) else base._two(padding)
-        sizes = base._two(stride), pad, base._two(dilation), groups
-        valid = base._valid(x, weight, None, *sizes)
+        pad = padding if isinstance(padding, str) else base.two(padding)
+        sizes = base.two(stride), pad, base.two(dilation), groups
+        valid = base.takes(x, weight, None, *sizes)
     except (TypeError, AttributeError):
         valid = False
     if not valid:

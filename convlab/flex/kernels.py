@@ -13,19 +13,9 @@ UNPACK.
 import triton
 import triton.language as tl
 
+from convlab.kernels.implicit_gemm import channels_of, pixels_of
+
 NOWHERE = tl.constexpr(-(2**30))  # a row outside of every image
-
-
-@triton.jit
-def pixels_of(values, NHWC: tl.constexpr):
-    """Values of pixels, spread along a tile whose last axis is what lies together in memory."""
-    return values[:, None] if NHWC else values[None, :]
-
-
-@triton.jit
-def channels_of(values, NHWC: tl.constexpr):
-    """Values of channels, along the other axis."""
-    return values[None, :] if NHWC else values[:, None]
 
 
 @triton.jit

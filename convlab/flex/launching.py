@@ -7,7 +7,6 @@ same order.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 
@@ -23,13 +22,19 @@ from convlab.flex.loops import TIES
 from convlab.flex.running import Call
 from convlab.kernels import interpreting as is_interpreting
 from convlab.kernels import missing
-from convlab.kernels.launching import INT32, Launch, Phase
+from convlab.kernels.launching import (
+    INT32,
+    Launch,
+    Phase,
+    index_type,
+    is_nhwc,
+    programs,
+    sum_type,
+)
 from convlab.kernels.running import runnable
 
 NAME = 'flex_conv2d with backend="triton"'
 LARGEST = 2**30  # output pixels: 32 bits count them
-PROGRAMS = 4  # per multiprocessor, so that none waits for the others at the end
-MULTIPROCESSORS = 132  # where no GPU is asked: an H100's or H200's
 
 
 def forward(call: Call, x: Tensor, weight: Tensor, aux, captured, pad_value: float) -> Tensor:
@@ -57,7 +62,7 @@ def gradients(
         limit = limit - TIES * torch.finfo(y.dtype).eps * limit.abs().nan_to_num(posinf=0.0)
 
     def sensitivity(which: str) -> Tensor:
-        slopes = torch.empty_like(grad, dtype=_sums(x))
+        slopes = torch.empty_like(grad, dtype=sum_type(x))
         return _start(output_launch(call, x, weight, aux, limit, slopes, numbers, which))
 
     if call.reduce == "max":
@@ -97,7 +102,7 @@ def output_launch(call: Call, x, weight, aux, limit, y, numbers, partial: str | 
         return triton.cdiv(pixels, tile["ROWS"]) * triton.cdiv(k, tile["CHANNELS"]), g
 
     constants = _constants(call, x, (r, s), partial, (x, y))
-    constants["LARGEST"] = torch.finfo(_sums(x)).max
+    constants["LARGEST"] = torch.finfo(sum_type(x)).max
     return Launch(outputs, grid, arguments, constants)
 
 
@@ -139,9 +144,9 @@ def weight_launch(call: Call, x, weight, aux, limit, grad, numbers) -> Launch | 
     if not pixels:
         return None
     blocks = g * triton.cdiv(c * r * s, 8) * triton.cdiv(k, 8)
-    wanted = 2 if is_interpreting() else triton.cdiv(_programs(x), blocks)
+    wanted = 2 if is_interpreting() else triton.cdiv(programs(x), blocks)
     splits = max(1, min(wanted, triton.cdiv(pixels, 512), INT32 // 2**16))
-    parts = torch.empty(splits, g, k, c * r * s, dtype=_sums(x), device=x.device)
+    parts = torch.empty(splits, g, k, c * r * s, dtype=sum_type(x), device=x.device)
     sizes = pixels, triton.cdiv(pixels, splits), c, k, *x.shape[2:], oh, ow
     strides = *x.stride(), *_strides(aux, grad), *grad.stride()
     steps = *call.stride, *call.pads, *call.dilation
@@ -162,14 +167,14 @@ def _constants(call: Call, x: Tensor, taps, partial: str | None, tensors) -> dic
     return {
         "R": taps[0],
         "S": taps[1],
-        "NHWC": _nhwc(x),
+        "NHWC": is_nhwc(x),
         "REDUCE": call.reduce,
         "VALUE": functions.value,
         "PARTIAL": partial and getattr(functions, partial),
         "UNPACK": functions.numbers,
         "EXP": functions.exponential,
         "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "INDEX": tl.int64 if max(map(_extent, tensors)) > INT32 else tl.int32,
+        "INDEX": index_type(*tensors),
     }
 
 
@@ -212,7 +217,7 @@ def _filled(filters: Tensor) -> Tensor:
 
 def _numbers(x: Tensor, captured: Sequence[Tensor], pad_value: float) -> Tensor:
     """pad_value and the captured numbers, in the type of the sums."""
-    made = {"dtype": _sums(x), "device": x.device}
+    made = {"dtype": sum_type(x), "device": x.device}
     pad = torch.full((1,), pad_value, **made)
     return torch.cat([pad, *(t.detach().reshape(1).to(**made) for t in captured)])
 
@@ -223,16 +228,12 @@ def _sizes(call: Call, weight: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def _empty_output(call: Call, x: Tensor, weight: Tensor) -> Tensor:
-    made = {"dtype": x.dtype if call.reduce == "sum" else _sums(x), "device": x.device}
+    made = {"dtype": x.dtype if call.reduce == "sum" else sum_type(x), "device": x.device}
     return torch.empty(len(x), len(weight), *call.size, **made, memory_format=_format(x))
 
 
-def _nhwc(x: Tensor) -> bool:
-    return x.shape[1] > 1 and x.stride(1) == 1
-
-
 def _format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if _nhwc(x) else torch.contiguous_format
+    return torch.channels_last if is_nhwc(x) else torch.contiguous_format
 
 
 def _laid_out(values: Tensor, x: Tensor) -> Tensor:
@@ -243,21 +244,3 @@ def _laid_out(values: Tensor, x: Tensor) -> Tensor:
 def _strides(aux: Tensor | None, y: Tensor) -> tuple[int, ...]:
     """Of aux, one and the same for all output channels if it has one."""
     return (0, 0, 0, 0) if aux is None else aux.expand(y.shape).stride()
-
-
-def _sums(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _extent(tensor: Tensor) -> int:
-    """Elements from the tensor's first to its last."""
-    return sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())) + 1
-
-
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _programs(x: Tensor) -> int:
-    return PROGRAMS * (_multiprocessors(x.device.index) if x.is_cuda else MULTIPROCESSORS)

@@ -11,18 +11,11 @@ from torch import Tensor
 
 from convlab import machine
 from convlab.algorithms.chunked import chunks
-from convlab.algorithms.compiled import compiled_function
+from convlab.algorithms.compiled import ONE_EXPRESSION, compiled_function, sums_at_once
 from convlab.flex import loops
 from convlab.flex.combine import Combine
 from convlab.flex.loops import Plan
 
-OPTIONS = (
-    ("realize_acc_reads_threshold", 256),
-    ("realize_opcount_threshold", 4096),
-    ("realize_reads_threshold", 256),
-)
-REGISTERS = {"AVX512": 16}  # running sums at a time: half of the vector registers
-FEWER = 8
 SLOPES = 2  # registers of a sum over slopes: more of them only compile for longer
 EXPENSIVE = 4  # what an exponential takes of the registers
 TERMS = 2**20  # values that the loops, run as they are, hold at a time
@@ -52,8 +45,7 @@ class Call(NamedTuple):
 
     def plan(self, size: Sequence[int], channels: int, width: int = 1) -> Plan:
         """For outputs of `size`, of which each group has `channels`, `width` sums for each."""
-        registers = REGISTERS.get(torch.backends.cpu.get_cpu_capability(), FEWER)
-        most = max(1, registers // width // self.weight_of_terms()) if self.compiled else 1
+        most = max(1, sums_at_once() // width // self.weight_of_terms()) if self.compiled else 1
         at_once = max(n for n in range(1, most + 1) if channels % n == 0)
         sizes = self.stride, self.dilation, self.groups
         return Plan(self.combine, self.reduce, tuple(size), *sizes, at_once)
@@ -204,7 +196,7 @@ def _function(call: Call, function: Callable, arguments, batched) -> Callable:
                 given[place] = given[place].view_as(given[place])  # the mark is not for the caller
                 torch._dynamo.mark_dynamic(given[place], 0)
         key = [t if place not in batched or t is None else t[:1] for place, t in enumerate(given)]
-        return compiled_function(function, key, arguments, OPTIONS, dynamic=None)(*given)
+        return compiled_function(function, key, arguments, ONE_EXPRESSION, dynamic=None)(*given)
 
     return run
 

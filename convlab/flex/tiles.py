@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from convlab.flex.kernels import input_gradients, weight_gradients
+from convlab.kernels.tiles import autotuned
 
 
 class Tile(NamedTuple):
@@ -61,14 +62,8 @@ def shipped(kernel) -> tuple[Tile, ...]:
 @functools.cache
 def tuned(kernel):
     """The kernel with the fastest tile per function and problem, found at its first call."""
-    configs = [triton.Config(t.constants(), t.warps, t.stages) for t in shipped(kernel)]
-    sizes = ["pixels", "C", "K", "H", "WIDTH", "OH", "OW", "R", "S"]
-    return triton.autotune(
-        configs,
-        key=[*sizes, "NHWC", "REDUCE", "VALUE", "PARTIAL"],
-        prune_configs_by={"early_config_prune": functools.partial(_fitting_configs, kernel)},
-        do_bench=functools.partial(triton.testing.do_bench, warmup=5, rep=20),
-    )(kernel)
+    key, fits = ["REDUCE", "VALUE", "PARTIAL"], functools.partial(_fitting_configs, kernel)
+    return autotuned(kernel, shipped(kernel), key, fits)
 
 
 def fitting(kernel, sizes: dict, constants: dict) -> list[Tile]:

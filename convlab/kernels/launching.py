@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from convlab import counts
 from convlab.kernels import tiles
 from convlab.kernels.implicit_gemm import product, weight_product
 from convlab.kernels.running import interpreting, runnable
@@ -63,10 +64,9 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, sizes) -> Tensor:
     pixels = n * oh * ow
     if not pixels:
         return torch.zeros_like(weight)
-    blocks = g * triton.cdiv(c * r * s, 128) * triton.cdiv(k, 64)
-    splits = max(1, min(_programs(x) // blocks if x.is_cuda else 2, triton.cdiv(pixels, 512)))
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
-    parts = torch.empty(splits, g, k, c * r * s, dtype=sums, device=x.device)
+    splits = counts.parts_of_sum(pixels, c * r * s, k, g, programs(x))
+    splits = splits if x.is_cuda else min(splits, 2)
+    parts = torch.empty(splits, g, k, c * r * s, dtype=sum_type(x), device=x.device)
     sizes_ = pixels, triton.cdiv(pixels, splits), c, k, *x.shape[2:], oh, ow
     steps = *sizes.stride, *sizes.padding, *sizes.dilation
     arguments = x, grad, parts, *sizes_, *x.stride(), *grad.stride(), *steps
@@ -151,10 +151,10 @@ def _launch(kernel, grid, arguments, taps, x, y) -> None:
     constants = {
         "R": taps[0],
         "S": taps[1],
-        "NHWC": x.shape[1] > 1 and x.stride(1) == 1,
+        "NHWC": is_nhwc(x),
         "PRECISION": "tf32" if tf32 else "ieee",
         "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "INDEX": tl.int64 if max(map(_extent, (x, y))) > INT32 else tl.int32,
+        "INDEX": index_type(x, y),
     }
     if _noted is not None:
         _noted.append(Launch(kernel, grid, arguments, constants))
@@ -165,9 +165,20 @@ def _launch(kernel, grid, arguments, taps, x, y) -> None:
             tiles.tuned(kernel)[grid](*arguments, **constants)
 
 
-def _extent(tensor: Tensor) -> int:
-    """Elements from the tensor's first to its last."""
-    return sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())) + 1
+def is_nhwc(x: Tensor) -> bool:
+    """Whether channels of one pixel lie together in memory."""
+    return x.shape[1] > 1 and x.stride(1) == 1
+
+
+def sum_type(x: Tensor) -> torch.dtype:
+    """In which sums are made: float32 for short floats too."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def index_type(*tensors: Tensor) -> tl.dtype:
+    """Integers that count the elements from each tensor's first to its last."""
+    extents = [sum((n - 1) * step for n, step in zip(t.shape, t.stride())) + 1 for t in tensors]
+    return tl.int64 if max(extents) > INT32 else tl.int32
 
 
 @functools.cache
@@ -175,5 +186,8 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _programs(x: Tensor) -> int:
+def programs(x: Tensor) -> int:
+    """How many share a sum over pixels; without a GPU as many as on an H100 or H200."""
+    if not x.is_cuda:
+        return counts.PROGRAMS
     return PROGRAMS * _multiprocessors(x.device.index)

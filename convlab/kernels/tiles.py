@@ -1,6 +1,7 @@
 """The tiles into which the kernels cut a convolution, and which of them fits a problem."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import triton
@@ -56,11 +57,17 @@ INTERPRETED = Tile(512, 16, 128, False, 4, 1)  # an operation costs the same, ho
 def tuned(kernel):
     """The kernel with the fastest tile per problem, found at its first call."""
     tiles = OUTPUT if kernel is product else WEIGHT
-    configs = [triton.Config(t.constants(), t.warps, t.stages) for t in tiles]
-    sizes = "pixels", "C", "K", "H", "WIDTH", "OH", "OW", "R", "S", "stride_h", "stride_w"
+    return autotuned(kernel, tiles, ["stride_h", "stride_w", "PRECISION"], fitting)
+
+
+SIZES = ("pixels", "C", "K", "H", "WIDTH", "OH", "OW", "R", "S", "NHWC")
+
+
+def autotuned(kernel, tiles, key: list[str], fitting: Callable):
+    """The kernel, tried with each of its `fitting` tiles once for all `SIZES` and `key`."""
     return triton.autotune(
-        configs,
-        key=[*sizes, "PRECISION", "NHWC"],
+        [triton.Config(t.constants(), t.warps, t.stages) for t in tiles],
+        key=[*SIZES, *key],
         prune_configs_by={"early_config_prune": fitting},
         do_bench=functools.partial(triton.testing.do_bench, warmup=5, rep=20),
     )(kernel)
