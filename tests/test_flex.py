@@ -247,11 +247,21 @@ def test_the_memory_does_not_grow_with_the_kernel(backend):
         x, weight, _ = problem.inputs()
         y, padded = 4 * 4 * 8 * 40 * 40, 4 * 4 * 8 * (40 + k - 1) ** 2
         call = functools.partial(
-            flex_conv2d, x, weight, FUNCTIONS["L1"], padding=k // 2, backend="loops"
+            flex_conv2d, x, weight, FUNCTIONS["L1"], padding=k // 2, backend=backend
         )
         call()
         peaks[k] = timing.peak_bytes(call) - y - padded
     assert max(peaks.values()) <= 1.2 * peaks[1] + 4 * running.TERMS * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_terms_times_one_are_the_same_sums(dtype, monkeypatch):
+    x, weight = torch.randn(2, 3, 6, 21, dtype=dtype), torch.randn(2, 3, 2, 2, dtype=dtype)
+    assert parse(FUNCTIONS["L1"], torch.float64, False).product_free
+    assert not parse(FUNCTIONS["L2"], torch.float64, False).product_free
+    y = flex_conv2d(x, weight, FUNCTIONS["L1"])
+    monkeypatch.setattr(running, "_takes_multiply_add", lambda: False)
+    assert torch.equal(y, flex_conv2d(x, weight, FUNCTIONS["L1"]))
 
 
 def test_many_sizes_and_functions_in_one_process():

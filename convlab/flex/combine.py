@@ -23,6 +23,10 @@ ROUNDED_ONCE = (
     *("relu", "clamp", "clamp_min", "clamp_max", "sgn", "sign", "gt", "ge", "lt", "le", "eq", "ne"),
     *("full_like", "zeros_like", "ones_like", "scalar_tensor", "reciprocal", "alias", "detach"),
 )
+WITHOUT_PRODUCT = (
+    *("add", "sub", "neg", "abs", "maximum", "minimum"),
+    *("relu", "clamp", "clamp_min", "clamp_max"),
+)
 READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy")
 
 
@@ -38,6 +42,7 @@ class Combine:
         exact: whether every operation of the value is rounded as IEEE 754 says, so that different
             loops come to the same number bit for bit.
         unbounded: whether a derivative may be infinite where the value is not.
+        product_free: whether the value holds nothing that a processor's multiply-add units do.
         text: both graphs as text: equal texts compute the same.
 
     Raises:
@@ -55,6 +60,7 @@ class Combine:
             self.value = _graph(self._value, numbers)
             self.partials = _graph(self._partials, numbers)
         self.exact = _operations(self.value) <= set(ROUNDED_ONCE)
+        self.product_free = _operations(self.value) <= set(WITHOUT_PRODUCT)
         self.unbounded = not _operations(self.partials).isdisjoint(UNBOUNDED)
         constants = _constants(self.value, self.partials)
         self.text = f"{self.arity} {dtype} {self.value.code}{self.partials.code}{constants}"

@@ -31,6 +31,10 @@ class Plan(NamedTuple):
     Attributes:
         size: (OH, OW).
         at_once: sums that share a loop.
+        multiply_add: the last of the captured numbers is 1, and terms are added times it: the
+            compiler, which does not know that number, makes one multiply-add of it. The sum is
+            the same bit for bit. Processors that add in two units and multiply-add in two others
+            (AMD's Zen) get both to work.
     """
 
     combine: Combine
@@ -40,11 +44,13 @@ class Plan(NamedTuple):
     dilation: tuple[int, int]
     groups: int
     at_once: int
+    multiply_add: bool = False
 
 
 def forward(x, weight, aux, *rest) -> Tensor:
     """→ y (N, K, OH, OW), of short floats in float32."""
     *captured, plan = rest
+    one = captured.pop() if plan.multiply_add else None
     window, filters, aux = _by_groups(x, weight, aux, plan)
 
     def output(channels: slice) -> Tensor:
@@ -53,7 +59,7 @@ def forward(x, weight, aux, *rest) -> Tensor:
                 w = _filters(filters[:, channels], j)
                 yield _value(plan, pixels, w, *_aux(aux, channels), *captured)
 
-        return _reduced(terms, plan.reduce)
+        return _reduced(terms, plan.reduce, one)
 
     return _interleave(output, filters.shape[1], plan)
 
@@ -220,10 +226,13 @@ def _aux(aux: Tensor | None, channels: slice) -> tuple[Tensor, ...]:
     return (aux if aux.shape[2] == 1 else aux[:, :, channels],)
 
 
-def _reduced(terms: Callable[[], Iterator[Tensor]], reduce: str) -> Tensor:
+def _reduced(
+    terms: Callable[[], Iterator[Tensor]], reduce: str, one: Tensor | None = None
+) -> Tensor:
     """Terms (N, G, K, C, kh, OH, OW), several of them → (N, G, K, OH, OW)."""
     if reduce == "sum":
-        return functools.reduce(torch.add, terms()).sum((3, 4))
+        add = torch.add if one is None else lambda total, term: total + term * one
+        return functools.reduce(add, terms()).sum((3, 4))
     top = functools.reduce(torch.maximum, terms()).amax((3, 4))
     if reduce == "max":
         return top

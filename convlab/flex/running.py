@@ -18,6 +18,7 @@ from convlab.flex.loops import Plan
 
 SLOPES = 2  # registers of a sum over slopes: more of them only compile for longer
 EXPENSIVE = 4  # what an exponential takes of the registers
+MULTIPLY_ADD = "cpp.enable_floating_point_contract_flag"  # an option of inductor
 TERMS = 2**20  # values that the loops, run as they are, hold at a time
 
 _announced = False
@@ -60,7 +61,12 @@ def forward(call: Call, padded: Tensor, weight: Tensor, aux, captured) -> Tensor
     """→ y (N, K, OH, OW)."""
     size = _size(call, padded, weight)
     plan = call.plan(size, len(weight) // call.groups)
-    tensors = padded, weight, aux, *captured
+    if call.compiled and call.reduce == "sum" and call.combine.product_free:
+        plan = plan._replace(multiply_add=padded.device.type == "cpu" and _takes_multiply_add())
+    one = []
+    if plan.multiply_add:
+        one = [torch.ones((), dtype=torch.promote_types(padded.dtype, torch.float32))]
+    tensors = padded, weight, aux, *captured, *one
     return _per_image(call, loops.forward, tensors, (0, 2), (plan,), weight)
 
 
@@ -196,9 +202,19 @@ def _function(call: Call, function: Callable, arguments, batched) -> Callable:
                 given[place] = given[place].view_as(given[place])  # the mark is not for the caller
                 torch._dynamo.mark_dynamic(given[place], 0)
         key = [t if place not in batched or t is None else t[:1] for place, t in enumerate(given)]
-        return compiled_function(function, key, arguments, ONE_EXPRESSION, dynamic=None)(*given)
+        options = ONE_EXPRESSION
+        if arguments[0].multiply_add:
+            options = *options, (MULTIPLY_ADD, "fast")
+        return compiled_function(function, key, arguments, options, dynamic=None)(*given)
 
     return run
+
+
+def _takes_multiply_add() -> bool:
+    """Whether the installed torch lets the compiler make one operation of a product and a sum."""
+    from torch._inductor import config
+
+    return isinstance(getattr(config.cpp, MULTIPLY_ADD.removeprefix("cpp."), None), str)
 
 
 def _announce() -> None:
