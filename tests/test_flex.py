@@ -327,6 +327,8 @@ def test_a_function_written_again_is_not_parsed_again():
     assert parse(make(2), torch.float32, False) is parse(make(2), torch.float32, False)
     assert parse(make(2), torch.float32, False) is not parse(make(3), torch.float32, False)
     assert parse(make(2), torch.float32, False) != parse(make(3), torch.float32, False)
+    assert parse(torch.add, torch.float32, False) is parse(torch.add, torch.float32, False)
+    assert parse(torch.add, torch.float32, False) != parse(torch.mul, torch.float32, False)
 
 
 X, WEIGHT = torch.ones(1, 2, 5, 5), torch.ones(3, 2, 3, 3)

@@ -123,8 +123,10 @@ class _Same:
 
 
 def _fingerprint(function: Callable, depth: int = 0) -> tuple | None:
-    """What decides the result of a Python function; None if that cannot be told."""
+    """What decides the result of a function; None if that cannot be told."""
     owner = getattr(function, "__self__", None)
+    if isinstance(function, types.BuiltinFunctionType) and not isinstance(owner, Tensor):
+        return (_Same(function),)
     function = getattr(function, "__func__", function)
     if not isinstance(function, types.FunctionType) or depth > 8:
         return None
