@@ -206,7 +206,7 @@ def _library(s: Settings) -> list[Case]:
 
 def _networks(s: Settings) -> list[Case]:
     names = [list(layers) for layers in NETWORKS.values()]
-    chosen = [name for layers in names for name in (layers[1::12] if s.quick else layers)]
+    chosen = [name for layers in names for name in (layers[1::24] if s.quick else layers)]
     problems = dict.fromkeys(PROBLEMS[name] for name in chosen)
     batch = {"batch": GPU_BATCH} if s.on_gpu else {"batch": 1} if s.quick else {}
     return [
