@@ -125,8 +125,9 @@ class _Same:
 def _fingerprint(function: Callable, depth: int = 0) -> tuple | None:
     """What decides the result of a function; None if that cannot be told."""
     owner = getattr(function, "__self__", None)
-    if isinstance(function, types.BuiltinFunctionType) and not isinstance(owner, Tensor):
-        return (_Same(function),)
+    if isinstance(function, types.BuiltinFunctionType):
+        free = isinstance(owner, types.NoneType | types.ModuleType | type)
+        return (_Same(function),) if free else None
     function = getattr(function, "__func__", function)
     if not isinstance(function, types.FunctionType) or depth > 8:
         return None
