@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--output", type=Path, help="the record file (JSON Lines) to append to")
     text = "only these experiments, separated by commas; default: all"
     sub.add_argument("--only", type=_names, default=tuple(experiments.EXPERIMENTS), help=text)
+    text = f"of {', '.join(experiments.REPEATED)}, spread over the run; default: {VISITS}"
+    sub.add_argument("--visits", type=_visits, default=VISITS, metavar="N", help=text)
     text = "the verdict on every claim from what is recorded"
     sub = commands.add_parser("verdicts", help=text, description=text)
     sub.set_defaults(command=verdicts)
@@ -86,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--quick", action="store_true", help="fewer rounds")
     sub.add_argument("--html", type=Path, metavar="FILE", help="also as a page with figures")
     return parser
+
+
+def _visits(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -123,7 +131,7 @@ def reproduce(options: argparse.Namespace) -> int:
 
 def record(options: argparse.Namespace) -> int:
     """Measure every experiment and keep the rows in data/records/."""
-    settings = Settings(options.device, options.quick, 1 if options.quick else VISITS)
+    settings = Settings(options.device, options.quick, 1 if options.quick else options.visits)
     code, rows, path = _measure(options, settings, options.only, records.recorded_file)
     if code == 0:
         Console().print(

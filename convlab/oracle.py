@@ -222,8 +222,10 @@ def allowed_errors(
     per_group = problem.out_channels // problem.groups
     counts = problem.taps + 1, per_group * problem.taps // tensors[1].shape[1], n * oh * ow
     factors = [tolerance(count, roundoff, dtype) + rounds for count in (*counts, n * oh * ow)]
+    subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2  # half a step
     allowed = {
-        name: factor * scale for name, factor, scale in zip(("y", *NAMES), factors, absolute)
+        name: factor * scale + subnormal
+        for name, factor, scale in zip(("y", *NAMES), factors, absolute)
     }
     if rounding != "sums" and min(t.numel() for t in tensors[:2]):
         store = torch.finfo(dtype).eps / 2

@@ -37,6 +37,7 @@ LONG_SECONDS = 0.05  # calls this long are not settled: what ran before is small
 SETTLING_CALLS = 2  # untimed, before each sample: see `interleaved`
 AFTER_FLAGS = 3  # the same after flags were set: malloc and the thread pool start anew
 HEAP_ROUNDS, FEW_FAULTS = 6, 1000  # 4 MB in pages of 4 KiB: below a millisecond
+LEAD_CYCLES = 400_000  # of a GPU's clock, about 0.2 ms: what a launch from Python takes
 STOLEN_SHARE = 0.05  # of a sample's time, in CPU seconds: more, and the sample is taken again
 ATTEMPTS = 3
 CONFIDENCE = 0.95
@@ -98,6 +99,7 @@ def measure(
     max_seconds: float = 30.0,
     warmup: int = 2,
     clear_cache: bool = True,
+    queued: bool = True,
     peak: bool = True,
 ) -> Measurement:
     """Time `fn()` after warming up; its return value is dropped.
@@ -108,6 +110,8 @@ def measure(
         max_seconds: … or until this much time has gone into samples (at least one is taken).
         warmup: untimed calls before the first sample.
         clear_cache: CUDA only: write over the L2 cache before every sample.
+        queued: CUDA only: the GPU waits for 0.2 ms before every sample, so that the host is ahead,
+            as in a network whose GPU has work to do; else short calls show what launching takes.
         peak: run `fn` once more to find its peak memory.
     """
     device = parse_device(device)
@@ -120,7 +124,7 @@ def measure(
         samples, calls = _cpu_samples(fn, wanted, min_samples, max_seconds)
     else:
         count = max(min_samples, int(wanted / max(taken, 1e-5)))
-        samples, calls = _cuda_samples(fn, device, min(count, 1000), clear_cache), 1
+        samples, calls = _cuda_samples(fn, device, min(count, 1000), clear_cache, queued), 1
     peak_found = peak_bytes(fn, device) if peak else None
     changed = _differing(before, machine.flags())
     if changed:
@@ -153,7 +157,7 @@ def compare(
         candidates: name → function, or `Candidate(function, {"threads": 1})`.
         baseline: the name whose ratio is 1.
         across: flags that may differ, because their effect is what is being compared.
-        options: `seconds`, `min_rounds`, `max_rounds`, `clear_cache`, `peak`, `seed` of
+        options: `seconds`, `min_rounds`, `max_rounds`, `clear_cache`, `queued`, `peak`, `seed` of
             `interleaved`.
 
     Returns:
@@ -201,6 +205,7 @@ def interleaved(
     min_rounds: int = 5,
     max_rounds: int = 50,
     clear_cache: bool = True,
+    queued: bool = True,
     peak: bool = True,
     seed: int = 0,
     known: Mapping[str, float] | None = None,
@@ -247,7 +252,8 @@ def interleaved(
             with machine.setting(**items[name].flags):
                 for _ in range(settle[name]):
                     items[name]()
-                take = functools.partial(_sample, items[name].fn, device, calls[name], clear_cache)
+                how = calls[name], clear_cache, queued
+                take = functools.partial(_sample, items[name].fn, device, *how)
                 found = undisturbed(take)
                 changed = _differing(flags[name], machine.flags())
             if changed:
@@ -418,9 +424,11 @@ def once(fn: Function, device: str | torch.device) -> float:
     return max(time.perf_counter() - start, 1e-7)
 
 
-def _sample(fn: Function, device: torch.device, calls: int, clear_cache: bool) -> float:
+def _sample(
+    fn: Function, device: torch.device, calls: int, clear_cache: bool, queued: bool
+) -> float:
     if device.type == "cuda":
-        return _cuda_samples(fn, device, 1, clear_cache)[0]
+        return _cuda_samples(fn, device, 1, clear_cache, queued)[0]
     return timeit.Timer(fn).timeit(calls) / calls
 
 
@@ -437,13 +445,17 @@ def _cpu_samples(
     return samples, calls
 
 
-def _cuda_samples(fn: Function, device: torch.device, count: int, clear_cache: bool) -> list[float]:
+def _cuda_samples(
+    fn: Function, device: torch.device, count: int, clear_cache: bool, queued: bool
+) -> list[float]:
     scratch = _l2_scratch(device) if clear_cache else None
     events = []
     for _ in range(count):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if scratch is not None:
-            scratch.zero_()  # also keeps the GPU busy while the host prepares the launch
+            scratch.zero_()
+        if queued:
+            torch.cuda._sleep(LEAD_CYCLES)
         start.record()
         fn()
         end.record()

@@ -92,6 +92,23 @@ def test_other_types_compile(dtype):
         assert ("f64" in code.ptx) == (dtype == torch.float64)
 
 
+def test_numbers_are_not_rounded_on_their_way_into_float64():
+    """A GPU showed it first: 0.8, taken for float32 in a comparison or a `tl.where`."""
+    import struct
+
+    from convlab.kernels.compiling import compile_launch
+
+    def huber(x, w):
+        return torch.nn.functional.huber_loss(x, w, reduction="none", delta=0.8)
+
+    exact = struct.pack(">d", 0.8).hex().upper()
+    rounded = struct.pack(">d", float(torch.tensor(0.8, dtype=torch.float32))).hex().upper()
+    for launch in launches(THREAD, huber, "sum", torch.float64):
+        ptx = compile_launch(launch, fitting(launch)[0]).ptx
+        assert exact[1:] in ptx  # after the digit of the sign
+        assert rounded[1:] not in ptx
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_instructions_per_term(name):
     from convlab.flex.estimating import estimate

@@ -46,6 +46,8 @@ OTHERS = [
     ConvProblem(1, 1, 1, 1, 1, kernel_size=1),
     ConvProblem(1, 4, 2, 5, 5, kernel_size=1, stride=3),  # most pixels reach no output
     ConvProblem(0, 2, 3, 5, 5, kernel_size=3),
+    ConvProblem(1, 2, 3, 9, 8, kernel_size=(6, 7), padding=3),  # more taps than 32 bits
+    ConvProblem(1, 2, 3, 12, 11, kernel_size=(11, 9), padding=4),  # more than 64
 ]
 
 
@@ -183,13 +185,15 @@ def test_every_problem_has_a_tile():
 
     from convlab.kernels import tiles
 
-    for shipped in (tiles.OUTPUT, tiles.WEIGHT):
+    for part, shipped in enumerate((tiles.OUTPUT, tiles.WEIGHT)):
         configs = [triton.Config(t.constants(), t.warps, t.stages) for t in shipped]
         for p in PROBLEMS.values():
             sizes = {"C": p.in_channels // p.groups, "K": p.out_channels // p.groups}
             r, s = p.kernel_size
-            chosen = tiles.fitting(configs, sizes, R=r, S=s)
-            assert 1 <= len(chosen) <= 5
+            chosen = tiles.fitting(configs, sizes | ({"part": 1} if part else {}), R=r, S=s)
+            assert 1 <= len(chosen) <= 6
+            if not part and r * s > tiles.BITS:
+                assert all(c.kwargs["BY_TAP"] for c in chosen)
             widest = max(c.kwargs["CHANNELS"] for c in chosen)
             assert widest >= min(sizes["K"], 64) / 2
 

@@ -18,7 +18,15 @@ from convlab.experiments.facts import ceilings_case, ceilings_of, stages_case, s
 from convlab.experiments.kernel import error_case, kernel_case, roofs_of
 from convlab.experiments.library import VARIANTS, Variant, library_case
 from convlab.experiments.mistakes import mistakes_case
-from convlab.experiments.named import EXPERIMENTS, LAYER, PAIR, REPRODUCE, SCALES, Experiment
+from convlab.experiments.named import (
+    EXPERIMENTS,
+    LAYER,
+    PAIR,
+    REPEATED,
+    REPRODUCE,
+    SCALES,
+    Experiment,
+)
 from convlab.experiments.networks import NETWORKS, network_case
 from convlab.experiments.sessions import (
     Progress,
@@ -35,6 +43,7 @@ __all__ = [
     "LAYER",
     "NETWORKS",
     "PAIR",
+    "REPEATED",
     "REPRODUCE",
     "SCALES",
     "VARIANTS",

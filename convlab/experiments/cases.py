@@ -60,12 +60,14 @@ class Settings:
         """Options of `timing.interleaved`."""
         if self.quick:
             return {"seconds": 0.4, "min_rounds": 5, "max_rounds": 15}
+        if self.on_gpu:  # calls are a hundred times shorter and differ less
+            return {"seconds": 0.8, "min_rounds": 5, "max_rounds": 40}
         return {"seconds": 2.0, "min_rounds": 5, "max_rounds": 40}
 
     @property
     def brief(self) -> dict:
         """The same for experiments of many cases, whose picture counts and not one ratio."""
-        least = {"seconds": 0.1 if self.quick else 0.4, "min_rounds": 3}
+        least = {"seconds": 0.1 if self.quick else 0.3 if self.on_gpu else 0.4, "min_rounds": 3}
         return {name: min(value, least.get(name, value)) for name, value in self.options.items()}
 
     @property

@@ -31,7 +31,8 @@ COMBINATIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
 """Name → what is combined how, and how that is reduced."""
 
 FLEX, BOTH = ("flex_conv2d",), ("by_definition", "flex_conv2d")
-BACKENDS = {"flex_conv2d": "inductor", "by_definition": "eager"}
+ON_GPU = ("flex_conv2d_triton",)  # beside these
+BACKENDS = {"flex_conv2d": "inductor", "flex_conv2d_triton": "triton", "by_definition": "eager"}
 CHECKED = 2  # images whose values and gradients are compared with float64
 GRID = 2**16  # inputs are multiples of 1 / GRID there: sums exact, different ones far apart
 COPIES = {"forward": 3, "train": 6}  # of all terms that the definition holds at a time, at most
@@ -50,6 +51,7 @@ def custom_case(
     Each form is compared with float64 first; one that fails gets a row with its error and no time.
     The definition takes so long that a case with it has two rounds; one without has as many as any.
     """
+    forms = forms + ON_GPU if settings.on_gpu else forms
     name = f"{experiment}/{short_name(problem)}/{combination}/{pass_}"
     name += "/by definition" if "by_definition" in forms else ""
     run = functools.partial(_custom, experiment, combination, problem, pass_, settings, forms)

@@ -62,7 +62,7 @@ def candidates(problem: ConvProblem, pass_: str, mode: str) -> list[tuple[str, s
     """(algorithm, layout) of all that are compared; inductor only on the thread's problem."""
     found = [(name, layout) for name in RIVALS for layout in LAYOUTS]
     found += [(name, "NCHW") for name in EXPLICIT]
-    threads = problem == thread_problem(problem.batch) and pass_ == "forward"
+    threads = problem == thread_problem(BATCH) and pass_ == "forward"
     return found + [(INDUCTOR, "NCHW")] * (threads and mode in COMPILED_MODES)
 
 

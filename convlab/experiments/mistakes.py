@@ -127,7 +127,8 @@ def launches(settings: Settings) -> list[Row]:
     for name in ("native", "thread"):
         fn = _ready(problem, settings, name)
         candidates = {f"{name}, launched": fn, f"{name}, graph": graphed(fn)}
-        found = timing.interleaved(candidates, settings.device, peak=False, **settings.brief)
+        options = settings.brief | {"peak": False, "queued": False}
+        found = timing.interleaved(candidates, settings.device, **options)
         count = timing.launches(fn)
         for part, m in found.items():
             values = {"part": part, "device": settings.device, "launches": count}

@@ -249,7 +249,11 @@ def _ladder(s: Settings) -> list[Case]:
 
 
 def _climbed(s: Settings) -> tuple[str, ...]:
-    return tuple(name for name in LADDER if not (s.quick and name in SLOW_TO_START))
+    """On a GPU with the kernel made for it, and without `fused`, whose loops are for a CPU: there
+    they compile for a minute and are slower than `compiled`."""
+    left_out = SLOW_TO_START if s.quick else ("fused",) if s.on_gpu else ()
+    more = ("implicit_gemm",) if s.on_gpu else ()
+    return tuple(name for name in (*LADDER, *more) if name not in left_out)
 
 
 # Other kinds of convolution
@@ -262,6 +266,12 @@ def _custom(s: Settings) -> list[Case]:
     """
     first, second, *others = COMBINATIONS
     layer = PROBLEMS["wide_32"]
+    if s.on_gpu and not s.quick:  # each combination compiles for half a minute
+        large = PROBLEMS["resnet50_64to64_56px_k3"].replace(batch=256)
+        plan = [(first, p, q, BOTH) for p in (layer, thread_problem(256)) for q in PASSES]
+        plan += [(first, large, q, ()) for q in PASSES]  # by definition it fits into no memory
+        plan += [(second, layer, q, BOTH) for q in PASSES]
+        return [custom_case("custom", *each[:3], s, each[3]) for each in plan]
     layer = layer.replace(batch=8) if s.quick else layer
     plan = [(first, layer, q, forms) for q in PASSES for forms in (BOTH, FLEX)]
     if not s.quick:

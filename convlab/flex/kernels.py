@@ -13,15 +13,14 @@ UNPACK.
 import triton
 import triton.language as tl
 
-from convlab.kernels.implicit_gemm import channels_of, pixels_of
-
-NOWHERE = tl.constexpr(-(2**30))  # a row outside of every image
-
-
-@triton.jit
-def within(values, size):
-    """0 ≤ values < size, as one comparison of unsigned numbers."""
-    return values.to(tl.uint32, bitcast=True) < size
+from convlab.kernels.implicit_gemm import (
+    NOWHERE,
+    PAIRS,
+    channels_of,
+    pixels_of,
+    place_of,
+    within,
+)
 
 
 @triton.jit
@@ -62,15 +61,18 @@ def outputs(
     k = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     real_m = m < pixels
     real = pixels_of(real_m, NHWC) & channels_of(k < K, NHWC)
-    image, row, column = (m // (OH * OW)).to(INDEX), m // OW % OH, m % OW
+    image, row, column = place_of(m, OH, OW)
+    image = image.to(INDEX)
     numbers = UNPACK(NUMBERS)
     pad = numbers[0].to(X.dtype.element_ty)
     if NHWC:
         total = tl.full((ROWS, CHANNELS), 0, SUM)
     else:
         total = tl.full((CHANNELS, ROWS), 0, SUM)
-    at = pixels_of(image * y_n + row * y_h + column * y_w, NHWC)
-    at += channels_of((group * K + k) * y_k, NHWC)
+    at = image * y_n + row * y_h + column * y_w
+    if not NHWC:
+        at = tl.max_contiguous(at, PAIRS)
+    at = pixels_of(at, NHWC) + channels_of((group * K + k) * y_k, NHWC)
     limit = total
     if PARTIAL is None:
         if REDUCE == "max":
@@ -81,8 +83,10 @@ def outputs(
         limit = tl.load(LIMIT + at, mask=real, other=float("inf")).to(SUM)
     aux = total
     if AUX is not None:
-        at_aux = pixels_of(image * a_n + row * a_h + column * a_w, NHWC)
-        at_aux += channels_of((group * K + k) * a_k, NHWC)
+        at_aux = image * a_n + row * a_h + column * a_w
+        if not NHWC:
+            at_aux = tl.max_contiguous(at_aux, PAIRS)
+        at_aux = pixels_of(at_aux, NHWC) + channels_of((group * K + k) * a_k, NHWC)
         aux = tl.load(AUX + at_aux, mask=real, other=0.0).to(SUM)
     top, left = row * stride_h - pad_h, column * stride_w - pad_w
     corner = image * x_n + top * x_h + left * x_w + group * C * x_c
@@ -142,10 +146,14 @@ def input_gradients(
     c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     real_m = m < pixels
     real = pixels_of(real_m, NHWC) & channels_of(c < C, NHWC)
-    image, row, column = (m // (H * WIDTH)).to(INDEX), m // WIDTH % H, m % WIDTH
+    image, row, column = place_of(m, H, WIDTH)
+    image = image.to(INDEX)
     numbers = UNPACK(NUMBERS)
-    at = pixels_of(image * x_n + row * x_h + column * x_w, NHWC)
-    at += channels_of((group * C + c) * x_c, NHWC)
+    at = image * x_n + row * x_h + column * x_w
+    target = image * gx_n + row * gx_h + column * gx_w
+    if not NHWC:
+        at, target = tl.max_contiguous(at, PAIRS), tl.max_contiguous(target, PAIRS)
+    at = pixels_of(at, NHWC) + channels_of((group * C + c) * x_c, NHWC)
     pixel = tl.load(X + at, mask=real, other=0.0).to(SUM)
     top, left = row - pad_h, column - pad_w
     corner = image * y_n + top * y_h + left * y_w + group * K * y_k
@@ -178,8 +186,7 @@ def input_gradients(
             if GUARD:
                 term = tl.where(pixels_of(inside, NHWC), term, 0.0)
             total += term
-    at = pixels_of(image * gx_n + row * gx_h + column * gx_w, NHWC)
-    at += channels_of((group * C + c) * gx_c, NHWC)
+    at = pixels_of(target, NHWC) + channels_of((group * C + c) * gx_c, NHWC)
     tl.store(GX + at, total.to(GX.dtype.element_ty), mask=real)
 
 
@@ -222,13 +229,17 @@ def weight_gradients(
     else:
         total = tl.full((CHANNELS, ROWS, DEPTH), 0, SUM)
     m = split * part + tl.arange(0, DEPTH)
-    image, row, column = (m // (OH * OW)).to(INDEX), m // OW % OH, m % OW
-    images, rows, columns = DEPTH // (OH * OW), DEPTH // OW % OH, DEPTH % OW  # of one step
+    image, row, column = place_of(m, OH, OW)
+    image = image.to(INDEX)
+    images, rows, columns = place_of(DEPTH, OH, OW)  # of one step
     last = tl.minimum((split + 1) * part, pixels)
     for _ in range(0, part, DEPTH):
         real_m = m < last
         row_x, column_x = row * stride_h, column * stride_w
-        at_x = taps + pixels_of(image * x_n + row_x * x_h + column_x * x_w, NHWC)
+        at_x = image * x_n + row_x * x_h + column_x * x_w
+        if not NHWC:
+            at_x = tl.max_contiguous(at_x, PAIRS)
+        at_x = taps + pixels_of(at_x, NHWC)
         row_x = tl.where(real_m, row_x, NOWHERE)
         inside = within(down + pixels_of(row_x, NHWC), H)
         inside &= within(right + pixels_of(column_x, NHWC), WIDTH)

@@ -50,7 +50,9 @@ class Plan(NamedTuple):
 def forward(x, weight, aux, *rest) -> Tensor:
     """→ y (N, K, OH, OW), of short floats in float32."""
     *captured, plan = rest
-    one = captured.pop() if plan.multiply_add else None
+    one = None
+    if plan.multiply_add:
+        *captured, one = captured
     window, filters, aux = _by_groups(x, weight, aux, plan)
 
     def output(channels: slice) -> Tensor:

@@ -204,9 +204,13 @@ class _Spelling:
             self.names[node] = f"numbers[{place}]" if place > 0 else name
 
     def operand(self, value, dtype: torch.dtype) -> str:
-        """A node or a number, of this type; beside a tensor Triton gives numbers its type."""
+        """A node or a number, of this type; beside a tensor Triton gives numbers its type.
+
+        Not float64: there a comparison or a `tl.where` takes them for float32.
+        """
         if not isinstance(value, Node):
-            return _literal(value, dtype)
+            double = dtype == torch.float64
+            return _constant(value, dtype) if double else _literal(value, dtype)
         if value not in self.names:
             text = self._spell(value)
             self.names[value] = text if text.isidentifier() else f"t{len(self.lines)}"
@@ -254,7 +258,7 @@ class _Spelling:
             raise _unspellable(node)
         sides = [self.operand(a, dtype) for a in given]
         if node.kwargs.get("alpha", 1) != 1:
-            sides[1] = f"{_literal(node.kwargs['alpha'], dtype)} * {sides[1]}"
+            sides[1] = f"{self.operand(node.kwargs['alpha'], dtype)} * {sides[1]}"
         return ARITHMETIC[name].format(*sides, type=TYPES[dtype])
 
     def _typed(self, values, dtype: torch.dtype) -> list[str]:

@@ -78,15 +78,15 @@ def _signature(kernel: JITFunction, arguments, constants: dict) -> tuple[dict, d
     for place, parameter in enumerate(kernel.params):
         name = parameter.name
         value = constants[name] if name in constants else next(values)
-        aligned = False
+        aligned, special = False, not parameter.do_not_specialize
         if isinstance(value, Tensor):
             types[name] = f"*{_TYPES[str(value.dtype).removeprefix('torch.')]}"
             aligned = value.data_ptr() % 16 == 0
-        elif name in constants or value is None or value == 1:
+        elif parameter.is_constexpr or value is None or (value == 1 and special):
             types[name], fixed[place,] = "constexpr", value
         else:
             types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            aligned = value % 16 == 0 and special
         if aligned:
             attributes[place,] = [["tt.divisibility", 16]]
     return types, fixed, attributes

@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from convlab import counts
 from convlab.kernels import tiles
-from convlab.kernels.implicit_gemm import product, weight_product
-from convlab.kernels.running import interpreting, runnable
+from convlab.kernels.implicit_gemm import product, to_tf32, to_tf32_by_bits, weight_product
+from convlab.kernels.running import interpreting, plain, runnable
 
 INT32 = 2**31 - 1
 PROGRAMS = 4  # per multiprocessor, so that none waits for the others at the end
@@ -106,6 +107,7 @@ def _product(x, weight, bias, y, stride, padding, dilation) -> None:
     if not y.numel():
         return
     g, k, c, r, s = weight.shape
+    weight = _laid_out(weight)
     n, _, oh, ow = y.shape
     pixels = n * oh * ow
     steps = *stride, *padding, *dilation
@@ -116,6 +118,18 @@ def _product(x, weight, bias, y, stride, padding, dilation) -> None:
         return triton.cdiv(pixels, tile["ROWS"]) * triton.cdiv(k, tile["CHANNELS"]), g
 
     _launch(product, grid, arguments, (r, s), x, y)
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    """weight (G, K, C, R, S) in the order in which the lanes of a warp load it.
+
+    Of a few channels K is innermost, filled up to whole tiles; of many C is.
+    """
+    _, k, c, r, s = weight.shape
+    if tiles.flattened(c, r * s):
+        filters = weight.permute(0, 3, 4, 2, 1)  # G, R, S, C, K
+        return F.pad(filters, (0, -k % tiles.NARROW)).contiguous().permute(0, 4, 3, 1, 2)
+    return weight.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
 class Launch(NamedTuple):
@@ -152,6 +166,7 @@ def _launch(kernel, grid, arguments, taps, x, y) -> None:
         "R": taps[0],
         "S": taps[1],
         "NHWC": is_nhwc(x),
+        "ROUND": plain(to_tf32_by_bits) if interpreting() else to_tf32,
         "PRECISION": "tf32" if tf32 else "ieee",
         "SUM": tl.float64 if x.dtype == torch.float64 else tl.float32,
         "INDEX": index_type(x, y),
@@ -159,7 +174,10 @@ def _launch(kernel, grid, arguments, taps, x, y) -> None:
     if _noted is not None:
         _noted.append(Launch(kernel, grid, arguments, constants))
     elif interpreting():
-        runnable(kernel)[grid](*arguments, **constants, **tiles.INTERPRETED.constants())
+        tile = tiles.INTERPRETED
+        if constants["R"] * constants["S"] > tiles.BITS:
+            tile = tile._replace(by_tap=True)
+        runnable(kernel)[grid](*arguments, **constants, **tile.constants())
     else:
         with torch.cuda.device(x.device):
             tiles.tuned(kernel)[grid](*arguments, **constants)

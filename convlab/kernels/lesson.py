@@ -99,7 +99,7 @@ def watch(
     """A forward pass of `implicit_gemm` with this tile, interpreted in plain float32.
 
     Returns:
-        x, weight and y by name; all loads and stores.
+        x, the weight as the kernel reads it (K …, C, R, S) and y by name; all loads and stores.
 
     Raises:
         AssertionError: y is not that of `F.conv2d`.
@@ -116,4 +116,4 @@ def watch(
                 launch.kernel, grid, *launch.arguments, **launch.constants, **tile.constants()
             )
     torch.testing.assert_close(y, F.conv2d(x, weight, **problem.kwargs))
-    return {"x": x, "weight": weight, "y": y}, seen
+    return {"x": x, "weight": launch.arguments[1][0], "y": y}, seen

@@ -68,14 +68,21 @@ def runnable(kernel):
 @functools.cache
 def _interpreted(kernel):
     """The kernel for the interpreter, with the functions that it calls as plain Python."""
-    from triton.language import core
     from triton.runtime.interpreter import InterpretedFunction
 
-    python = kernel.fn
-    known = {n: getattr(v, "fn", v) if _jitted(v) else v for n, v in python.__globals__.items()}
-    known["triton.language.core"] = core  # so that tl.sum and tl.zeros are interpreted inside too
-    copy = types.FunctionType(python.__code__, known, python.__name__, python.__defaults__)
-    return InterpretedFunction(functools.update_wrapper(copy, python))
+    return InterpretedFunction(functools.update_wrapper(plain(kernel), kernel.fn))
+
+
+@functools.cache
+def plain(function):
+    """A `triton.jit` function, and those that it calls, as the Python that the interpreter runs."""
+    from triton.language import core
+
+    python = function.fn
+    known = {**python.__globals__, "triton.language.core": core}  # tl.sum, tl.zeros inside too
+    called = {name: known.get(name) for name in python.__code__.co_names}
+    known |= {name: plain(value) for name, value in called.items() if _jitted(value)}
+    return types.FunctionType(python.__code__, known, python.__name__, python.__defaults__)
 
 
 def _jitted(value) -> bool:

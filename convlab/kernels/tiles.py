@@ -29,21 +29,27 @@ class Tile(NamedTuple):
         }
 
 
+NARROW = 16  # output channels of the narrowest tile
+
 # Few output channels: a narrow tile. Many: a wide one, whose values are each used 64 or 128 times.
 OUTPUT = (
-    Tile(128, 16, 16, False, 4, 3),
-    Tile(64, 16, 16, True, 4, 3),
-    Tile(64, 16, 32, False, 4, 3),
-    Tile(128, 32, 16, False, 4, 3),
-    Tile(128, 32, 32, True, 8, 3),
-    Tile(128, 64, 32, False, 8, 3),
+    Tile(128, NARROW, 16, True, 4, 1),
+    Tile(256, NARROW, 1, False, 4, 1),
+    Tile(512, NARROW, 1, False, 4, 1),
+    Tile(128, NARROW, 16, False, 4, 1),
+    Tile(128, NARROW, 32, False, 4, 1),
+    Tile(128, 32, 32, False, 4, 1),
+    Tile(128, 64, 32, False, 8, 1),
+    Tile(128, 32, 32, True, 4, 3),
     Tile(64, 64, 32, True, 4, 3),
-    Tile(128, 64, 32, True, 8, 3),
-    Tile(128, 128, 32, True, 8, 3),
+    Tile(128, 64, 32, True, 4, 1),
+    Tile(128, 64, 64, True, 8, 3),
+    Tile(128, 128, 32, True, 4, 3),
+    Tile(128, 128, 64, True, 8, 3),
 )
 WEIGHT = (
     Tile(64, 16, 32, False, 4, 3),
-    Tile(64, 16, 64, False, 8, 3),
+    Tile(32, 16, 64, False, 4, 1),
     Tile(128, 16, 32, False, 8, 3),
     Tile(64, 64, 32, False, 4, 3),
     Tile(64, 64, 32, True, 4, 3),
@@ -73,15 +79,28 @@ def autotuned(kernel, tiles, key: list[str], fitting: Callable):
     )(kernel)
 
 
+FLATTENED = 256  # products of one output up to which the loop of `product` is written out
+BITS = 63  # taps that one number can hold a bit of
+
+
+def flattened(channels: int, taps: int) -> bool:
+    """Whether tiles go through the taps of all channels in one row."""
+    return 1 < taps <= BITS and channels * taps <= FLATTENED
+
+
 def fitting(configs: list, sizes: dict, **constants) -> list:
     """The tiles that waste little on these sizes."""
     c, k, taps = sizes["C"], sizes["K"], constants["R"] * constants["S"]
     wide = triton.next_power_of_2(k)
+    wide_floats = constants.get("PRECISION") == "ieee" and sizes["X"].dtype.itemsize >= 4
+    few = taps > 1 and c % 32 != 0 if "part" in sizes else flattened(c, taps)
 
-    def fits(tile: dict) -> bool:
+    def fits(tile: dict, warps: int) -> bool:
+        if wide_floats and tile["ROWS"] * tile["CHANNELS"] > 64 * 32 * warps:
+            return False  # its sums and both factors would not fit into registers
         narrow = min(wide, 128) // 2 <= tile["CHANNELS"] <= max(wide, 16)
         if tile["BY_TAP"]:
             return narrow and c >= tile["DEPTH"] // 2
-        return narrow and taps > 1 and c % 32 != 0
+        return narrow and few
 
-    return [config for config in configs if fits(config.kwargs)] or configs[:1]
+    return [config for config in configs if fits(config.kwargs, config.num_warps)] or configs[:1]
