@@ -30,10 +30,14 @@ LABELS = {
 
 
 def sessions() -> list[list[Row]]:
-    """The newest session of every recorded machine and device."""
-    rows = [row for path in records.files() for row in records.read(path)]
-    groups = experiments.by_machine(rows).values()
-    return [experiments.last_session(group, "step") for group in groups]
+    """The newest session of a CPU and that of a GPU, of those that decide the claims."""
+    newest: dict[str, list[Row]] = {}
+    for path in records.files():
+        for (_, device), group in experiments.by_machine(records.read(path)).items():
+            rows = experiments.last_session(group, "step")
+            if device not in newest or rows[0].session > newest[device][0].session:
+                newest[device] = rows
+    return [newest[device] for device in sorted(newest)]
 
 
 def verdicts(machines: Sequence[Sequence[Row]]) -> str:

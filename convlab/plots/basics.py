@@ -46,6 +46,7 @@ COLOURS = {
     "implicit_gemm": "#B3003C",
     "auto": "#000000",
     "flex_conv2d": "#AA4499",
+    "flex_conv2d_triton": "#D69CD1",
     "by_definition": "#B8860B",
     "unfoldnd": "#4D4D4D",
     "einconv": "#737373",
