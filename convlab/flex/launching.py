@@ -32,6 +32,7 @@ from convlab.kernels.launching import (
     sum_type,
 )
 from convlab.kernels.running import runnable
+from convlab.kernels.starting import start
 
 NAME = 'flex_conv2d with backend="triton"'
 LARGEST = 2**30  # output pixels: 32 bits count them
@@ -194,8 +195,7 @@ def _start(launch: Launch) -> Tensor:
     else:
         # Multiplications fused with additions here, not there, would lose ties of a maximum.
         options = {"enable_fp_fusion": False} if constants["REDUCE"] == "max" else {}
-        with torch.cuda.device(filled.device):
-            tiles.tuned(kernel)[grid](*arguments, **constants, **options)
+        start(tiles.tuned(kernel), kernel, grid, arguments, constants, **options)
     return filled
 
 

@@ -23,6 +23,7 @@ from convlab import counts
 from convlab.kernels import tiles
 from convlab.kernels.implicit_gemm import product, to_tf32, to_tf32_by_bits, weight_product
 from convlab.kernels.running import interpreting, plain, runnable
+from convlab.kernels.starting import start
 
 INT32 = 2**31 - 1
 PROGRAMS = 4  # per multiprocessor, so that none waits for the others at the end
@@ -179,8 +180,7 @@ def _launch(kernel, grid, arguments, taps, x, y) -> None:
             tile = tile._replace(by_tap=True)
         runnable(kernel)[grid](*arguments, **constants, **tile.constants())
     else:
-        with torch.cuda.device(x.device):
-            tiles.tuned(kernel)[grid](*arguments, **constants)
+        start(tiles.tuned(kernel), kernel, grid, arguments, constants)
 
 
 def is_nhwc(x: Tensor) -> bool:
