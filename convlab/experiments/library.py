@@ -113,7 +113,10 @@ def _library(problem, variants, pass_, settings) -> list[Row]:
     status, values = judge("thread", problem, settings, pass_)
     told["thread"] = values | {"status": status}
     if status == "ok":
-        candidates["thread"] = Candidate(one_pass("thread", problem, pass_, settings.device))
+        fn = one_pass("thread", problem, pass_, settings.device)
+        fn()
+        candidates["thread"] = Candidate(fn)
+        told["thread"]["launches"] = timing.launches(fn) if settings.on_gpu else None
     measured = timing.interleaved(candidates, settings.device, **settings.brief)
     for name, values in told.items():
         base = "thread" if name == "thread" else "native"

@@ -35,9 +35,7 @@ NARROW = 16  # output channels of the narrowest tile
 OUTPUT = (
     Tile(128, NARROW, 16, True, 4, 1),
     Tile(256, NARROW, 1, False, 4, 1),
-    Tile(512, NARROW, 1, False, 4, 1),
     Tile(128, NARROW, 16, False, 4, 1),
-    Tile(128, NARROW, 32, False, 4, 1),
     Tile(128, 32, 32, False, 4, 1),
     Tile(128, 64, 32, False, 8, 1),
     Tile(128, 32, 32, True, 4, 3),
@@ -96,8 +94,12 @@ def fitting(configs: list, sizes: dict, **constants) -> list:
     few = taps > 1 and c % 32 != 0 if "part" in sizes else flattened(c, taps)
 
     def fits(tile: dict, warps: int) -> bool:
-        if wide_floats and tile["ROWS"] * tile["CHANNELS"] > 64 * 32 * warps:
-            return False  # its sums and both factors would not fit into registers
+        sums = tile["ROWS"] * tile["CHANNELS"] // (32 * warps)  # of a thread
+        written_out = not tile["BY_TAP"] and "part" not in sizes
+        if wide_floats and (sums > 64 or (written_out and tile["DEPTH"] > 16)):
+            return False  # they and both factors would not fit into registers
+        if tile["DEPTH"] == 1:
+            return few
         narrow = min(wide, 128) // 2 <= tile["CHANNELS"] <= max(wide, 16)
         if tile["BY_TAP"]:
             return narrow and c >= tile["DEPTH"] // 2
