@@ -132,6 +132,7 @@ def above_floor(panels: Mapping[str, pd.DataFrame], title: str, note: str) -> Fi
     """
     rows = max(len(frame) for frame in panels.values())
     names = list(dict.fromkeys(name for frame in panels.values() for name in frame.columns))
+    steps = (1,) if max(frame.max().max() for frame in panels.values()) > 30 else (1, 2, 5)
     with theme():
         figure, axes = plt.subplots(
             1, len(panels), figsize=(10, 0.45 * rows + 1.9), sharey=True, sharex=True, squeeze=False
@@ -148,7 +149,7 @@ def above_floor(panels: Mapping[str, pd.DataFrame], title: str, note: str) -> Fi
                     axis.plot(value, y, marker, color=colour, ms=8, mec="white", zorder=2)
             axis.set(title=name, xlabel="time / floor")
             axis.grid(False, axis="y")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_locator(LogLocator(subs=steps))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: factor_text(value)))
             axis.xaxis.set_minor_formatter(NullFormatter())
         first = next(iter(panels.values()))
