@@ -1,7 +1,8 @@
 """Networks to train: a small CNN whose layer is a parameter, and ResNet-18 for 32×32 pixels.
 
-Two layers that are no convolution, as unfold and broadcasting write them: `l1_by_unfold`, with its
-fused form `l1_fused`, and `top_k_by_unfold`. Each is the `function` of a `PatchLayer`.
+Two layers that are no convolution, as unfold and broadcasting write them: `l1_by_unfold` and
+`top_k_by_unfold`, and by `flex_conv2d`: `l1_fused` and `top_k_fused`. Each is the `function` of a
+`PatchLayer`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convlab.flex import flex_conv2d
+from convlab.flex.examples import kept_product, kth_largest
 from convlab.vision import torchvision
 
 Layer = Callable[..., nn.Module]
@@ -154,6 +156,26 @@ def top_k_by_unfold(
     return _planes(y, x, weight, stride, padding)
 
 
+def top_k_fused(
+    x: Tensor,
+    weight: Tensor,
+    stride: int = 1,
+    padding: int = 0,
+    *,
+    keep: float = 0.5,
+    backend: str = "inductor",
+) -> Tensor:
+    """`top_k_by_unfold` by `flex_conv2d`, without columns: x is passed over some thirty times.
+
+    First the smallest size that each patch keeps is found by bisection, counting what is at least
+    as large; then the products of what reaches it are added up.
+    """
+    sizes = {"stride": stride, "padding": padding, "backend": backend}
+    count = math.ceil(keep * weight[0].numel())
+    least = kth_largest(x.detach().abs(), weight.shape[2:], count, **sizes)
+    return flex_conv2d(x, weight, kept_product, aux=least, **sizes)
+
+
 def _planes(y: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """y (N, K, OH·OW) → (N, K, OH, OW)."""
     size = [(n + 2 * padding - k) // stride + 1 for n, k in zip(x.shape[2:], weight.shape[2:])]
@@ -163,3 +185,4 @@ def _planes(y: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> 
 L1_LAYER: Layer = functools.partial(PatchLayer, function=l1_by_unfold, std=1.0)  # as its inputs
 L1_FUSED_LAYER: Layer = functools.partial(PatchLayer, function=l1_fused, std=1.0)
 TOP_K_LAYER: Layer = functools.partial(PatchLayer, function=top_k_by_unfold)
+TOP_K_FUSED_LAYER: Layer = functools.partial(PatchLayer, function=top_k_fused)

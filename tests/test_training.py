@@ -101,6 +101,20 @@ def test_top_k_multiplies_the_largest_inputs_only(stride, padding, keep):
     torch.testing.assert_close(everything, nn.functional.conv2d(x, w, None, stride, padding))
 
 
+@pytest.mark.parametrize(("stride", "padding"), SIZES)
+@pytest.mark.parametrize("keep", [0.1, 0.5, 1.0])
+def test_the_fused_top_k_is_the_same_function(stride, padding, keep):
+    x, w = torch.randn(2, 3, 7, 6), torch.randn(4, 3, 3, 3)
+    x[0, 0, 2, :3] = 0.25  # values of equal size: all of them are kept, or none
+    found = []
+    for form, options in (("by_unfold", {}), ("fused", {"backend": "loops"})):
+        tensors = [t.double().requires_grad_() for t in (x, w)]
+        function = getattr(networks, f"top_k_{form}")
+        y = function(*tensors, stride, padding, keep=keep, **options)
+        found.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
+    torch.testing.assert_close(*found)
+
+
 def test_a_patch_layer_takes_any_function():
     def convolution(x, weight, *, stride, padding):
         return nn.functional.conv2d(x, weight, None, stride, padding)
