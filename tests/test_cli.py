@@ -393,6 +393,8 @@ def test_the_pace_is_that_of_what_was_measured_and_not_of_what_was_there(monkeyp
         (["verdicts", "missing.jsonl"], ["files", "'missing.jsonl'"]),
         (["verdicts", "."], ["files", "'.'"]),
         (["reproduce", "--output", "."], ["."]),
+        (["record", "--visits", "0"], ["--visits", "'0'", "positive"]),
+        (["record", "--visits", "two"], ["--visits", "'two'", "positive"]),
         (["reproduce", "--output", "file/below/rows.jsonl"], [f"file{os.sep}below"]),
     ],
 )
@@ -509,7 +511,10 @@ def test_a_row_from_another_version_is_named(convlab, recorded):
     [
         ([], ["reproduce", "record", "verdicts"]),
         (["reproduce"], ["--device", "--threads", "--quick", "--fresh", "--output"]),
-        (["record"], ["--device", "--threads", "--quick", "--fresh", "--output", "--only"]),
+        (
+            ["record"],
+            ["--device", "--threads", "--quick", "--fresh", "--output", "--only", "--visits"],
+        ),
         (["verdicts"], ["--machine", "files"]),
     ],
 )

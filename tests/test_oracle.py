@@ -9,7 +9,7 @@ from drawn import problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convlab import ALGORITHMS, PROBLEMS, ConvProblem, check
+from convlab import ALGORITHMS, PROBLEMS, ConvProblem, check, oracle
 from convlab.algorithms import algorithm
 from convlab.oracle import tolerance
 from convlab.problem import parse_dtype
@@ -271,6 +271,19 @@ def test_sums_of_products_stay_within_the_tolerance(dtype, count, seed):
     products = a.double() * b.double()
     limit = tolerance(count, torch.finfo(dtype).eps / 2, dtype)
     assert bool(((found.double() - products.sum(0)).abs() <= limit * products.abs().sum(0)).all())
+
+
+def test_numbers_near_zero_may_miss_by_half_a_step():
+    """A GPU showed it: below 6e-5 float16 has steps of 6e-8, whatever the sum."""
+    p = ConvProblem(1, 1, 1, 1, 1, kernel_size=1)
+    tiny = [torch.full(s, 2.0**-10, dtype=torch.float64) for s in ((1, 1, 1, 1), (1, 1, 1, 1))]
+    tensors = [*tiny, torch.zeros(1, dtype=torch.float64)]
+    roundoff = torch.finfo(torch.float16).eps / 2
+    allowed = oracle.allowed_errors("sums", p, tensors, None, roundoff, torch.float16)["y"]
+    exact = torch.tensor(2.0**-20 + 2.0**-26, dtype=torch.float64)
+    assert abs(exact.half().double() - exact) <= allowed < 2.0**-24
+    wide = oracle.allowed_errors("sums", p, tensors, None, roundoff, torch.float32)["y"]
+    assert wide < allowed
 
 
 @pytest.mark.parametrize(
