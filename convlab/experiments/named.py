@@ -234,7 +234,7 @@ def _ladder(s: Settings) -> list[Case]:
     real = [PROBLEMS[name].replace(batch=LAYER_BATCH) for name in LAYERS]
     others = [PROBLEMS["wide_64"], PROBLEMS["wide_32"], *real]
     if s.quick:
-        others = [PROBLEMS[name].replace(batch=1) for name in LAYERS[1::3]]
+        others = [PROBLEMS[LAYERS[4]].replace(batch=1)]
     thread_cases = [
         compare_case("ladder", p, _climbed(s), q, s, options=s.brief if s.quick else None, flags=f)
         for f in (_allocators(s)[:1] if s.quick else _allocators(s))
