@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convlab.flex import flex_conv2d
-from convlab.flex.examples import kept_product, kth_largest
+from convlab.flex.examples import patch_topk
 from convlab.vision import torchvision
 
 Layer = Callable[..., nn.Module]
@@ -170,10 +170,9 @@ def top_k_fused(
     First the smallest size that each patch keeps is found by bisection, counting what is at least
     as large; then the products of what reaches it are added up.
     """
-    sizes = {"stride": stride, "padding": padding, "backend": backend}
-    count = math.ceil(keep * weight[0].numel())
-    least = kth_largest(x.detach().abs(), weight.shape[2:], count, **sizes)
-    return flex_conv2d(x, weight, kept_product, aux=least, **sizes)
+    taps = weight[0].numel()
+    ratio = math.ceil(keep * taps) / taps  # of whole taps: `patch_topk` would round, not round up
+    return patch_topk(x, weight, ratio, backend, stride=stride, padding=padding)
 
 
 def _planes(y: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
@@ -185,4 +184,3 @@ def _planes(y: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> 
 L1_LAYER: Layer = functools.partial(PatchLayer, function=l1_by_unfold, std=1.0)  # as its inputs
 L1_FUSED_LAYER: Layer = functools.partial(PatchLayer, function=l1_fused, std=1.0)
 TOP_K_LAYER: Layer = functools.partial(PatchLayer, function=top_k_by_unfold)
-TOP_K_FUSED_LAYER: Layer = functools.partial(PatchLayer, function=top_k_fused)

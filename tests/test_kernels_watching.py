@@ -142,6 +142,7 @@ def test_the_shipped_kernel_with_a_tile_of_ones_own(nhwc, by_tap):
     chunks = 9 if by_tap else 6  # of 16, for 90 products
     assert table.loc["weight", "lanes"] == 3 * chunks * 16 * 16
     assert table.loc["weight", "masked"] == 3 * 16 * (chunks * 16 - 90)
+    assert table.loc["weight", "distinct"] == 3 * 4 * 16 * 90, "each program the whole weight"
     assert table.loc["x", "lanes"] == 3 * chunks * 16 * 32
     assert table.loc["x", "bytes"] == 4 * 2 * 10 * (6 * 3 - 2) ** 2
 

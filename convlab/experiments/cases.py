@@ -60,7 +60,7 @@ class Settings:
         """Options of `timing.interleaved`."""
         if self.quick:
             return {"seconds": 0.4, "min_rounds": 5, "max_rounds": 15}
-        if self.on_gpu:  # calls are a hundred times shorter and differ less
+        if self.on_gpu:  # calls are a hundred times shorter
             return {"seconds": 0.8, "min_rounds": 5, "max_rounds": 40}
         return {"seconds": 2.0, "min_rounds": 5, "max_rounds": 40}
 

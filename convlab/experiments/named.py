@@ -249,8 +249,8 @@ def _ladder(s: Settings) -> list[Case]:
 
 
 def _climbed(s: Settings) -> tuple[str, ...]:
-    """On a GPU with the kernel made for it, and without `fused`, whose loops are for a CPU: there
-    they compile for a minute and are slower than `compiled`."""
+    """On a GPU with the kernel made for it, and without `fused`, whose loops are for a CPU: in a
+    first run there, beside other work, one compiled for a minute and none beat `compiled`."""
     left_out = SLOW_TO_START if s.quick else ("fused",) if s.on_gpu else ()
     more = ("implicit_gemm",) if s.on_gpu else ()
     return tuple(name for name in (*LADDER, *more) if name not in left_out)

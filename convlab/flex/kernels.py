@@ -17,6 +17,7 @@ from convlab.kernels.implicit_gemm import (
     NOWHERE,
     PAIRS,
     channels_of,
+    moved_on,
     pixels_of,
     place_of,
     within,
@@ -261,10 +262,6 @@ def weight_gradients(
             term = tl.where(real_m[None, :, None] if NHWC else real_m[None, None, :], term, 0.0)
         total += term
         m += DEPTH
-        column += columns
-        row += rows + (column >= OW).to(tl.int32)
-        image += images + (row >= OH).to(INDEX)
-        column = tl.where(column >= OW, column - OW, column)
-        row = tl.where(row >= OH, row - OH, row)
+        image, row, column = moved_on(image, row, column, images, rows, columns, OH, OW)
     found = ADDED(total, 1 if NHWC else 2)
     tl.store(PARTS + split * tl.num_programs(1) * K * (C * R * S) + at_w, found, mask=real)

@@ -67,6 +67,16 @@ def place_of(m, OH, OW):
 
 
 @triton.jit
+def moved_on(image, row, column, images, rows, columns, OH, OW):
+    """The place of a pixel so many images, rows and columns further on, without a division."""
+    column += columns
+    row += rows + (column >= OW).to(tl.int32)
+    image += images + (row >= OH).to(image.dtype)
+    column = tl.where(column >= OW, column - OW, column)
+    return image, tl.where(row >= OH, row - OH, row), column
+
+
+@triton.jit
 def taps_inside(
     top, left, H, WIDTH, dilation_h, dilation_w, R: tl.constexpr, S: tl.constexpr
 ):  # fmt: skip
@@ -235,11 +245,7 @@ def weight_product(
             x = tl.trans(x)
         total = tl.dot(grad, x, total, input_precision=PRECISION, out_dtype=SUM)
         m += DEPTH
-        column += columns
-        row += rows + (column >= OW).to(tl.int32)
-        image += images + (row >= OH).to(INDEX)
-        column = tl.where(column >= OW, column - OW, column)
-        row = tl.where(row >= OH, row - OH, row)
+        image, row, column = moved_on(image, row, column, images, rows, columns, OH, OW)
     at = P + ((split * tl.num_programs(1) + group) * K + k)[:, None] * (C * R * S)
     at += (c * (R * S) + tap)[None, :]
     tl.store(at, total, mask=(k < K)[:, None] & (q < C * R * S)[None, :])

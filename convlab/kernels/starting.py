@@ -44,8 +44,7 @@ def start(tuner, kernel, grid: Callable, arguments: tuple, constants: dict, **op
             tile = tuner.best_config.kwargs
         if _known:
             rest = kernel.arg_names[len(arguments) :]
-            named = constants | tile
-            size = (*grid(named | dict(zip(kernel.arg_names, arguments))), 1, 1)[:3]
+            named, size = constants | tile, (*grid(tile), 1, 1)[:3]
             if len(_ready) >= REMEMBERED:
                 _ready.clear()
             _ready[key] = compiled[size], tuple(named[name] for name in rest)
