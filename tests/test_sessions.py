@@ -427,11 +427,11 @@ def test_a_case_knows_its_visit(made):
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_claim_is_visited_again_and_nothing_else(quick):
-    """The experiments that carry intervals of a verdict; "batch" is many problems already."""
+    """The experiments that carry intervals of a verdict."""
     settings = Settings(quick=quick, visits=3)
     cases = experiments.plan(experiments.EXPERIMENTS, settings)
     visited = {case.experiment for case in cases if case.visit}
-    assert visited == set(named.REPEATED) == {"step", "stages"}
+    assert visited == set(named.REPEATED) == {"step", "stages", "batch"}
     for visit in (1, 2):
         again = [c.name for c in cases if c.visit == visit]
         first = [c.name for c in cases if c.experiment in visited and c.visit == 0]

@@ -26,6 +26,7 @@ IN_CHUNKS = (
 )
 CHUNK = 2**26  # bytes that one of these has at hand at a time, or two images per thread
 KEPT = {"allocator": f"glibc, {machine.KEEP_FREED}"}
+ROUNDS = 6  # at least: their range holds the true median in 97 of 100 cases, that of three in 75
 GUESS = cost.Ceilings(flops_per_second=5e10, bytes_per_second=3e9)  # of a laptop, to plan with
 
 
@@ -61,13 +62,14 @@ class Settings:
         if self.quick:
             return {"seconds": 0.4, "min_rounds": 5, "max_rounds": 15}
         if self.on_gpu:  # calls are a hundred times shorter
-            return {"seconds": 0.8, "min_rounds": 5, "max_rounds": 40}
-        return {"seconds": 2.0, "min_rounds": 5, "max_rounds": 40}
+            return {"seconds": 0.8, "min_rounds": ROUNDS, "max_rounds": 40}
+        return {"seconds": 2.0, "min_rounds": ROUNDS, "max_rounds": 40}
 
     @property
     def brief(self) -> dict:
         """The same for experiments of many cases, whose picture counts and not one ratio."""
-        least = {"seconds": 0.1 if self.quick else 0.3 if self.on_gpu else 0.4, "min_rounds": 3}
+        seconds, rounds = (0.1, 3) if self.quick else (0.3 if self.on_gpu else 0.4, ROUNDS)
+        least = {"seconds": seconds, "min_rounds": rounds}
         return {name: min(value, least.get(name, value)) for name, value in self.options.items()}
 
     @property

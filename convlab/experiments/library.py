@@ -87,7 +87,7 @@ def library_case(problem: ConvProblem, pass_: str, settings: Settings) -> Case:
     variants = VARIANTS["cuda" if settings.on_gpu else "cpu"]
     name = f"library/{short_name(problem)}/{pass_}"
     run = functools.partial(_library, problem, variants, pass_, settings)
-    seconds = 20 * settings.brief["seconds"]
+    seconds = 5 * settings.options["seconds"]
     return Case("library", name, run, (*["native"] * len(variants), "thread"), seconds=seconds)
 
 
@@ -117,7 +117,7 @@ def _library(problem, variants, pass_, settings) -> list[Row]:
         fn()
         candidates["thread"] = Candidate(fn)
         told["thread"]["launches"] = timing.launches(fn) if settings.on_gpu else None
-    measured = timing.interleaved(candidates, settings.device, **settings.brief)
+    measured = timing.interleaved(candidates, settings.device, **settings.options)
     for name, values in told.items():
         base = "thread" if name == "thread" else "native"
         values["device"] = settings.device

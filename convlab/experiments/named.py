@@ -332,4 +332,4 @@ EXPERIMENTS: dict[str, Experiment] = {
     "kernel_errors": Experiment("How exact is it, beside the library?", _kernel_errors),
 }
 REPRODUCE = ("storage", "ceilings", "layer", "step", "stages", "batch", "photographs")
-REPEATED = ("step", "stages")
+REPEATED = ("step", "stages", "batch")
