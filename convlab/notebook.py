@@ -68,8 +68,27 @@ def table(frame: pd.DataFrame, note: str | None = None, **formats: str) -> None:
         shown[column] = [_Value(v).__format__(spec) for v in values]
     foot = html.escape(caption() if note is None else note)
     style = "text-align:left;white-space:pre-line;max-width:40em"
-    text = shown.to_html(border=0, justify="left").replace("<td>", f'<td style="{style}">')
+    text = _marked(shown).to_html(border=0, justify="left").replace(LINE_END, "<br>")
+    text = text.replace("<td>", f'<td style="{style}">')
     display(HTML(f"{text}<p><small>{foot}</small></p>"))
+
+
+LINE_END = "\ue000"  # a private character: pandas would write a line's end as backslash and n
+
+
+def _marked(frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame` with `LINE_END` for every line's end in its texts, labels included."""
+
+    import pandas as pd
+
+    def mark(value: object) -> object:
+        return value.replace("\n", LINE_END) if isinstance(value, str) else value
+
+    marked = frame.rename(index=mark, columns=mark)
+    for i in range(marked.shape[1]):  # by place: names may occur twice
+        values = [mark(value) for value in marked.iloc[:, i]]
+        marked.isetitem(i, pd.Series(values, marked.index, dtype=object))
+    return marked
 
 
 class _Value:

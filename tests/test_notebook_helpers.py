@@ -80,6 +80,22 @@ def test_table_escapes_and_cuts_nothing(shown):
     assert [text.strip() for text in found[1:]] == [text.strip() for text in texts[1:]]
 
 
+def test_a_line_end_in_a_table_is_a_line_end_in_the_browser(shown):
+    frame = pd.DataFrame({"figures": ["51%\n56%", r"C:\new"], "n": [1, 2.5]}, index=["a\nb", "c"])
+    notebook.table(frame.astype({"n": object}))
+    html = shown[0].data
+    assert cells(html) == ["51%<br>56%", "1", r"C:\new", "2.5"]
+    assert "<th>a<br>b</th>" in html
+
+
+def test_a_table_takes_equal_names_and_no_rows(shown):
+    frame = pd.DataFrame([["x\ny", "z"]], columns=["a", "a"])
+    notebook.table(frame)
+    notebook.table(frame[:0])
+    assert cells(shown[0].data) == ["x<br>y", "z"]
+    assert cells(shown[1].data) == []
+
+
 def test_the_foot_of_a_table_is_the_caption(shown):
     notebook.table(pd.DataFrame({"a": [1]}))
     assert f"<small>{notebook.caption()}</small>" in shown[0].data
