@@ -486,6 +486,11 @@ class Contrast:
         return max(self.factors)
 
     @property
+    def span(self) -> float:
+        """high / low: 1 if all repetitions agree; of a single call this spread is the error."""
+        return self.high / self.low
+
+    @property
     def noticeable(self) -> bool:
         """Whether every repetition was wrong in the same direction."""
         return not self.low <= 1 <= self.high
@@ -514,6 +519,40 @@ def contrast(
     repeats = _at_least_one("repeats", repeats)
     pairs = [(_number(wrong()), _number(right())) for _ in range(repeats)]
     return Contrast(*zip(*pairs, strict=True))
+
+
+def recorded(rows: pd.DataFrame) -> pd.DataFrame:
+    """The newest run of the mistakes on a GPU, its wrong medians beside the right ones.
+
+    Args:
+        rows: of `records.load`, whatever they measured.
+
+    Returns:
+        One row per mistake, layer ("conv" or "custom") and batch: wrong, right, wrong / right and
+        where (GPU and date), of TF32 also "on both sides". Without such rows it is empty.
+    """
+    import pandas as pd
+
+    rows = rows[(rows["experiment"] == "pitfalls") & (rows["status"] == "ok")]
+    rows = rows[rows["device"].astype(str).str.startswith("cuda")]
+    rows = rows[rows["session"] == rows["session"].max()]
+    found: dict[tuple[str, str, int], dict] = {}
+    for r in rows.itertuples():
+        layer, _, part = r.part.rpartition(", ")
+        layer = _LAYERS[layer or _TIMED.get(r.algorithm, "thread")]
+        values = found.setdefault((r.algorithm, layer, r.batch), {})
+        values[_SIDES.get(part, part)] = r.median
+        values["where"] = f"{r.machine}, {r.time[:10]}"
+    index = pd.MultiIndex.from_tuples(list(found), names=["mistake", "layer", "batch"])
+    columns = ["wrong", "on both sides", "right", "where"]
+    table = pd.DataFrame(list(found.values()), index, columns)
+    table.insert(3, "wrong / right", table["wrong"] / table["right"])
+    return table
+
+
+_LAYERS = {"native": "conv", "thread": "custom"}
+_TIMED = {"first_call": "native", "hot_cache": "native"}  # what these timed; the others: the layer
+_SIDES = {"launched": "wrong", "graph": "right", "defaults": "wrong", "on neither side": "right"}
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 
-from convlab import machine, pitfalls, timing
+from convlab import machine, pitfalls, records, timing
 from convlab.pitfalls import PITFALLS, Contrast, ModelQueue, contrast
+from convlab.problems import thread_problem
 
 WORK = 0.02  # seconds of a piece of work that is long against everything else
 
@@ -397,6 +398,11 @@ def test_contrast_takes_turns_and_pairs_the_repetitions():
     assert str(c) == "2 times the right number (from 2 to 3 in 3 repetitions)"
 
 
+def test_the_span_of_a_contrast_is_its_largest_factor_over_its_smallest():
+    assert Contrast((0.5, 1.0, 2.0), (1.0, 1.0, 1.0)).span == 4
+    assert Contrast((3.0,), (1.0,)).span == 1
+
+
 def test_contrast_of_measurements_uses_medians():
     m = pitfalls._measurement([1.0, 2.0, 9.0], "cpu")
     assert contrast(lambda: m, lambda: 4.0, repeats=1).factors == (0.5,)
@@ -423,6 +429,65 @@ def test_the_sentence_says_no_more_than_was_measured(wrong, sentence):
 )
 def test_factors_as_text(value, text):
     assert pitfalls.factor_text(value) == text
+
+
+def on_gpu(name, part, median, session="2026-02", device="cuda", **values):
+    return records.row(
+        values.pop("experiment", "pitfalls"),
+        name,
+        thread_problem(values.pop("batch", 64)),
+        "forward",
+        **{"part": part, "median": median, "session": session, "device": "cpu"},
+        **{"machine": "a card", "time": "2026-02-03T04:05:06Z", **values},
+    ), device
+
+
+def table_of(*found):
+    frame = records.frame([row for row, _ in found])
+    return pitfalls.recorded(frame.assign(device=[device for _, device in found]))
+
+
+def test_recorded_mistakes_stand_beside_the_right_numbers():
+    table = table_of(
+        on_gpu("first_call", "wrong", 6.0),
+        on_gpu("first_call", "right", 2.0),
+        on_gpu("no_synchronization", "wrong", 1.0),
+        on_gpu("no_synchronization", "right", 4.0),
+        on_gpu("launch_bound", "thread, launched", 9.0, batch=2),
+        on_gpu("launch_bound", "thread, graph", 3.0, batch=2),
+        *(
+            on_gpu("tf32_on_one_side", f"native, {part}", seconds, batch=256)
+            for part, seconds in (("defaults", 1.0), ("on both sides", 2.0), ("on neither side", 4))
+        ),
+    )
+    assert table.index.names == ["mistake", "layer", "batch"]
+    assert table["wrong / right"].to_dict() == {
+        ("first_call", "conv", 64): 3,
+        ("no_synchronization", "custom", 64): 0.25,
+        ("launch_bound", "custom", 2): 3,
+        ("tf32_on_one_side", "conv", 256): 0.25,
+    }
+    assert table["on both sides"].dropna().to_dict() == {("tf32_on_one_side", "conv", 256): 2}
+    assert set(table["where"]) == {"a card, 2026-02-03"}
+
+
+def test_recorded_mistakes_are_those_of_the_newest_run_on_a_gpu():
+    table = table_of(
+        on_gpu("first_call", "wrong", 6.0, session="2026-01"),
+        on_gpu("first_call", "right", 1.0, session="2026-01"),
+        on_gpu("first_call", "wrong", 8.0),
+        on_gpu("first_call", "right", 2.0),
+        on_gpu("first_call", "wrong", 9.0, session="2026-03", device="cpu"),
+        on_gpu("hot_cache", "wrong", 9.0, experiment="step"),
+    )
+    assert table["wrong / right"].to_dict() == {("first_call", "conv", 64): 4}
+
+
+def test_without_a_recorded_gpu_the_table_of_mistakes_is_empty():
+    for rows in ([], [on_gpu("first_call", "wrong", 6.0, device="cpu")]):
+        table = table_of(*rows)
+        assert table.empty
+        assert {"wrong", "right", "wrong / right", "where"} <= set(table)
 
 
 def test_the_background_load_ends_with_its_block(monkeypatch):

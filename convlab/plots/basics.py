@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -245,25 +245,39 @@ def _end_labels(axes, ends: Mapping[str, Sequence[float]]) -> None:
         )
 
 
-def errors(contrasts: Mapping[str, object], title: str, note: str, limit: float = 300) -> Figure:
+def errors(
+    contrasts: Mapping[str, object],
+    title: str,
+    note: str,
+    limit: float = 300,
+    either_way: Collection[str] = (),
+) -> Figure:
     """One horizontal bar per mistake from 1 (no error) to its factor, with its spread; log axis.
 
     Args:
         contrasts: name → `convlab.pitfalls.Contrast`, or anything with its factor, low, high and
             noticeable.
-        limit: bars end at this factor and at 1 / this; their labels do not.
+        limit: what would pass this factor, or 1 / this, is cut there and ends in an arrow; a bar
+            that is cut has no line. The labels are not cut.
+        either_way: names whose error is the spread: labelled so, and not "within the noise".
     """
     slow, fast, none = COLOURS["thread"], COLOURS["native"], COLOURS["native_no_library"]
     with theme():
         figure, axes = plt.subplots(figsize=(8.5, 0.36 * len(contrasts) + 1.7))
         axes.set_xscale("log")
         low, high = 0.5, 2.0
-        for y, c in enumerate(contrasts.values()):
+        for y, (name, c) in enumerate(contrasts.items()):
             colour = none if not c.noticeable else slow if c.factor > 1 else fast
             start, end, middle = np.clip([c.low, c.high, c.factor], 1 / limit, limit)
             axes.barh(y, middle - 1, left=1, color=colour, height=0.65)
-            axes.hlines(y, start, end, color="black", lw=1.5)
-            text = factor_text(c.factor) + ("" if c.noticeable else ", within the noise")
+            if middle == c.factor:
+                axes.hlines(y, start, end, color="black", lw=1.5)
+            for edge, value in ((start, c.low), (end, c.high)):
+                if edge != value:
+                    axes.plot(edge, y, "<" if value < edge else ">", color="black", clip_on=False)
+            text = factor_text(c.factor)
+            if not c.noticeable:
+                text += ", either way" if name in either_way else ", within the noise"
             axes.text(max(end, 1) * 1.1, y, text, va="center")
             low, high = min(low, start), max(high, end)
         axes.set_xlim(low / 1.3, high * (high / low) ** 0.4)
@@ -271,11 +285,16 @@ def errors(contrasts: Mapping[str, object], title: str, note: str, limit: float 
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.axvline(1, color="black", lw=1)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: factor_text(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("wrong / right number (1 = no error; left: too low, right: too high)")
         axes.set_title(title)
         return finish(figure, note)
+
+
+def _power(value: float) -> str:
+    """A tick below 1 as a fraction, so that the axis reads 1/100, 1/10, 1, 10."""
+    return factor_text(value) if value >= 1 else f"1/{factor_text(1 / value)}"
 
 
 def timeline(
