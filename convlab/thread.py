@@ -151,9 +151,13 @@ def bootstrap(formula: Callable, *rows: Sequence[Row], seed: int = 0) -> tuple[f
 
 
 def change(
-    where: str, formula: Callable, before: Sequence[Sequence[Row]], after: Sequence[Sequence[Row]]
+    where: str,
+    formula: Callable,
+    before: Sequence[Sequence[Row]],
+    after: Sequence[Sequence[Row]],
+    scale: float = 1.0,
 ) -> Interval:
-    """`formula` of the medians of one case's rows, divided by the same of an earlier case.
+    """`formula` of the medians of the case `after`, over that of the case `before`, times `scale`.
 
     Two cases share no rounds: each is resampled on its own, the rows of a case together.
     """
@@ -163,7 +167,8 @@ def change(
         values.append(np.float64(formula(*medians)))
         draws.append(formula(*drawn))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return interval(where, float(values[1] / values[0]), draws[1] / draws[0])
+        quotient = scale * values[1] / values[0]
+        return interval(where, float(quotient), scale * draws[1] / draws[0])
 
 
 def cases(rows: Iterable[Row], experiment: str, pass_: str = "") -> list[Case]:

@@ -596,6 +596,8 @@ def test_a_change_is_the_quotient_of_the_medians_of_two_cases():
     found = thread.change("here", lambda layer: layer, [before], [after])
     assert found.value == 6 / 3
     assert found.low < found.value < found.high
+    halved = thread.change("here", lambda layer: layer, [before], [after], scale=0.5)
+    assert (halved.low, halved.value, halved.high) == (found.low / 2, 1, found.high / 2)
     backwards = [timed([50, 4, 3, 2, 1])]
     assert thread.change("here", lambda layer: layer, [backwards], [after]).value == found.value
 
