@@ -150,6 +150,27 @@ def bootstrap(formula: Callable, *rows: Sequence[Row], seed: int = 0) -> tuple[f
     return value, np.nanmedian(taken.reshape(RESAMPLES, -1), axis=1)
 
 
+def change(
+    where: str,
+    formula: Callable,
+    before: Sequence[Sequence[Row]],
+    after: Sequence[Sequence[Row]],
+    scale: float = 1.0,
+) -> Interval:
+    """`formula` of the medians of the case `after`, over that of the case `before`, times `scale`.
+
+    Two cases share no rounds: each is resampled on its own, the rows of a case together.
+    """
+    values, draws = [], []
+    for seed, case in enumerate((before, after)):
+        medians, drawn = zip(*(bootstrap(np.positive, rows, seed=seed) for rows in case))
+        values.append(np.float64(formula(*medians)))
+        draws.append(formula(*drawn))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        quotient = scale * values[1] / values[0]
+        return interval(where, float(quotient), scale * draws[1] / draws[0])
+
+
 def cases(rows: Iterable[Row], experiment: str, pass_: str = "") -> list[Case]:
     """The experiment's cases, smallest batch first, one per allocator."""
     found: dict[tuple, Case] = {}

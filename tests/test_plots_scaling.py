@@ -82,6 +82,16 @@ def test_scaling_draws_a_setting_in_its_algorithms_colour_with_dashes(frame):
     ]
 
 
+def test_scaling_labels_no_tick_in_the_room_of_the_legend(frame):
+    figure = plots.scaling({"": frame}, "batch", {"time": "t"}, "", "", slopes=["time"])
+    (panel,) = axes_with_lines(figure)
+    top = max(frame["time"])
+    assert panel.get_ylim()[1] > 3 * top, "the room"
+    ticks = [tick for tick in panel.get_yticks() if tick >= 1]
+    assert 3 <= len(ticks) <= 10
+    assert max(ticks) < 2 * top
+
+
 def test_scaling_shades_a_band_and_survives_missing_values(frame):
     frame.loc[frame["batch"] == 16, ["time", "ratio"]] = float("nan")
     band = {"ratio": (2, 4, "claimed")}
@@ -100,6 +110,8 @@ def test_heat_writes_every_ratio_on_one_scale_around_1():
     for axis in (first, second):
         assert axis.collections[0].get_clim() == (-3, 3), "8 is the largest ratio"
     assert bar.get_ylabel() == "time / nn.Conv2d's"
+    text = bar.yaxis.get_major_formatter()
+    assert [text(v) for v in (-4, -1, 0, 3)] == ["1/16×", "1/2×", "1×", "8×"]
 
 
 def test_agreement_draws_a_point_per_row_and_the_diagonal(frame):

@@ -590,6 +590,35 @@ def test_samples_are_compared_round_by_round():
     assert longer == found
 
 
+def test_a_change_is_the_quotient_of_the_medians_of_two_cases():
+    """Sample i of one case has nothing to do with sample i of another."""
+    before, after = [timed([1, 2, 3, 4, 50])], [timed([60, 5, 7, 6, 1, 4, 80])]
+    found = thread.change("here", lambda layer: layer, [before], [after])
+    assert found.value == 6 / 3
+    assert found.low < found.value < found.high
+    halved = thread.change("here", lambda layer: layer, [before], [after], scale=0.5)
+    assert (halved.low, halved.value, halved.high) == (found.low / 2, 1, found.high / 2)
+    backwards = [timed([50, 4, 3, 2, 1])]
+    assert thread.change("here", lambda layer: layer, [backwards], [after]).value == found.value
+
+
+def test_the_cases_of_a_change_are_resampled_apart_and_the_rows_of_one_together():
+    noise = [1, 1, 1, 9, 9, 9, 20]
+    layer, native = [timed([6 * s for s in noise])], [timed([2 * s for s in noise])]
+    same = thread.change("here", lambda layer: layer, [layer], [layer])
+    assert same.value == 1
+    assert same.low < 0.5
+    assert same.high > 2
+    ratio = thread.change("here", np.divide, [native, native], [layer, native])
+    assert (ratio.low, ratio.value, ratio.high) == pytest.approx((3, 3, 3))
+
+
+def test_a_change_from_nothing_has_no_bounds(recwarn):
+    found = thread.change("here", lambda layer: layer, [[timed([0.0] * 5)]], [[timed([1.0] * 5)]])
+    assert (found.low, found.high) == (-thread.INF, thread.INF)
+    assert not recwarn.list
+
+
 def test_a_clock_too_coarse_decides_nothing(recwarn):
     for native, layer in ((0, 0), (0, 1)):
         found = verdict("T3", steps(native=native, thread=layer))

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from convlab.plots.basics import COLOURS, OTHER, finish, theme
 from convlab.timing import seconds, size
@@ -93,9 +93,10 @@ def scaling(
             row = grid[i] if len(frames) > 1 else grid[0, i : i + 1]
             for axis, frame in zip(row, frames.values()):
                 _panel(axis, frame, x, y, y in slopes, (bands or {}).get(y))
+            top = row[0].get_ylim()[1]
             if y in slopes or (i == 0 and not slopes):
                 _legends(row, "slope: measured (predicted)" if y in slopes else None)
-            _log_ticks(row[0], UNITS.get(y.split("_")[0], "{:g}".format))
+            _log_ticks(row[0], UNITS.get(y.split("_")[0], "{:g}".format), top)
             row[0].set_ylabel(label)
         titles = list(frames) * columns if len(frames) == 1 else list(frames)
         for name, top, bottom in zip(titles, grid[0], grid[-1]):
@@ -164,14 +165,15 @@ def _legends(row: Collection[Axes], title: str | None) -> None:
         )
 
 
-def _log_ticks(axis: Axes, text: Callable[[float], str]) -> None:
-    """Three to ten labels on a logarithmic y axis, however short it is."""
-    low, high = axis.get_ylim()
-    decades = np.log10(high / low)
+def _log_ticks(axis: Axes, text: Callable[[float], str], top: float) -> None:
+    """Three to ten labels on a logarithmic y axis, however short it is; none above `top`."""
+    low = axis.get_ylim()[0]
+    decades = np.log10(top / low)
     subs = (1, 2, 5) if decades < 1.7 else (1, 3) if decades < 3 else (1,)
-    axis.yaxis.set_major_locator(LogLocator(10, subs=subs))
+    ticks = [v for v in LogLocator(10, subs=subs).tick_values(low, top) if v <= top]
+    axis.yaxis.set_major_locator(FixedLocator(ticks))
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def heat(
@@ -213,9 +215,14 @@ def heat(
             axis.set_facecolor("#DDDDDD")
             axis.tick_params(axis="y", rotation=0)
             axis.set_title(name, fontsize=10)
-        bar.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{2.0**v:.2g}×"))
+        bar.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _times(v)))
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         return _small(figure, note)
+
+
+def _times(exponent: float) -> str:
+    """2 to the `exponent` as "4×" or "1/4×"."""
+    return f"{2.0**exponent:.2g}×" if exponent >= 0 else f"1/{2.0**-exponent:.2g}×"
 
 
 def agreement(
@@ -312,6 +319,6 @@ def budget(
         axes.xaxis.set_major_locator(FixedLocator(sorted(frame[x].unique())))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        _log_ticks(axes, size)
+        _log_ticks(axes, size, axes.get_ylim()[1])
         axes.legend(loc="center left", fontsize=9)
         return _small(figure, note)
