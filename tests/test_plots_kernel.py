@@ -21,13 +21,15 @@ def lines_of(axis, marker="None"):
 
 def test_traffic_has_a_panel_per_column_and_writes_the_values():
     frame = pd.DataFrame({"a": [1.0, 20.0], "b": [300.0, 4.0]}, ["one", "two"])
-    figure = plots.traffic(frame, "title", "note")
+    figure = plots.traffic(frame, "title", "note", "for one value")
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["a", "b"]
     for axis, (_, column) in zip(figure.axes, frame.items(), strict=True):
         assert [bar.get_width() for bar in axis.patches] == list(column)
         assert texts(axis) == [f"{value:.3g}" for value in column]
-        assert axis.get_xscale() == "log"
-        assert axis.get_xlim()[0] < column.min() <= column.max() < axis.get_xlim()[1]
+        assert axis.get_xscale() == "linear"
+        assert axis.get_xlabel() == "for one value"
+        assert axis.get_xlim()[0] == 0
+        assert axis.get_xlim()[1] > column.max()
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["one", "two"]
 
 
@@ -62,19 +64,29 @@ def test_above_floor_has_a_mark_per_time():
     figure = plots.above_floor({"fp32": frame, "bf16": frame.iloc[:, :2]}, "title", "note")
     first, second = figure.axes
     marked = [line for line in first.lines if line.get_marker() != "None"]
-    assert [(*line.get_xdata(), *line.get_ydata()) for line in marked] == [
-        (1.5, 0),
-        (1.2, 0),
-        (9.0, 0),
-        (2.0, 1),
-        (8.0, 1),
-    ]
+    marks = [(*line.get_xdata(), *line.get_ydata()) for line in marked]
+    assert [x for x, _ in marks] == [1.5, 1.2, 9.0, 2.0, 8.0]
+    heights = [y for _, y in marks]
+    assert [round(y) for y in heights] == [0, 0, 0, 1, 1]
+    assert heights[0] < heights[1] < heights[2], "marks of one row do not cover each other"
+    assert [y - 1 for y in heights[3:]] == pytest.approx([heights[0], heights[2]])
     colours = [to_rgb(plots.COLOURS[n]) for n in ("native", "native_channels_last", "thread")]
     assert [to_rgb(line.get_color()) for line in marked[:3]] == colours
     assert len([line for line in second.lines if line.get_marker() != "None"]) == 3
     assert [t.get_text() for t in first.get_yticklabels()] == ["p", "q"]
     (legend,) = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == list(frame.columns)
+
+
+def test_above_floor_names_every_row_by_its_own_problem():
+    panels = {
+        "TF32": pd.DataFrame({"native": [2.0, 3.0]}, ["p", "q"]),
+        "fp32": pd.DataFrame({"native": [4.0, 5.0]}, ["q", "r"]),
+    }
+    figure = plots.above_floor(panels, "title", "note")
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["p", "q", "r"]
+    marks = lines_of(figure.axes[1], "o")
+    assert [(x, round(y)) for (x,), (y,) in marks] == [(4.0, 1), (5.0, 2)]
 
 
 def test_touched_pixels_show_their_counts_and_the_tile():

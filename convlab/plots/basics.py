@@ -17,7 +17,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from convlab.pitfalls import factor_text
 from convlab.timing import seconds
@@ -219,6 +219,7 @@ def ratio_bars(
                 axis.text(max(row["ratio_high"], 1) + 0.03 * top, y, text, va="center", fontsize=9)
             axis.axvline(1, color="black", linestyle=":")
             axis.set(xlim=(0, 1.5 * top), title=name, xlabel=f"time / {one}")
+            axis.xaxis.set_major_locator(MaxNLocator(6, prune="upper"))  # no label at the edge
             axis.grid(False, axis="y")
         axes[0, 0].invert_yaxis()
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")

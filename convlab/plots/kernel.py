@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from convlab.pitfalls import factor_text
 from convlab.plots.basics import COLOURS, OTHER, finish, theme
@@ -24,11 +24,12 @@ STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 
-def traffic(frame: pd.DataFrame, title: str, note: str) -> Figure:
-    """One row of bars per form of a kernel, one panel per column, each with its own log axis.
+def traffic(frame: pd.DataFrame, title: str, note: str, x_label: str) -> Figure:
+    """One row of bars per form of a kernel, one panel per column, each with its own axis from 0.
 
     Args:
-        frame: index: names of the forms; columns: titles of the panels; values above 0.
+        frame: index: names of the forms; columns: titles of the panels.
+        x_label: what the values are counted for, under every panel.
     """
     with theme():
         figure, axes = plt.subplots(
@@ -36,16 +37,15 @@ def traffic(frame: pd.DataFrame, title: str, note: str) -> Figure:
         )
         for axis, (name, values) in zip(axes[0], frame.items(), strict=True):
             axis.barh(frame.index, values, color=COLOURS["implicit_gemm"], height=0.65)
-            low, high = values.min() / 2, values.max()
-            axis.set_xscale("log")
-            axis.set_xlim(low, high * max(high / low, 10) ** 0.35)
+            axis.set_xlim(0, 1.3 * values.max())
             for y, value in enumerate(values):
                 axis.annotate(
                     f"{value:.3g}", (value, y), (4, 0), textcoords="offset points", va="center"
                 )
             axis.set_title(name, fontsize=11)
+            axis.set_xlabel(x_label)
+            axis.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(False, axis="y")
         axes[0, 0].set_ylim(len(frame) - 0.5, -0.5)
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
@@ -53,7 +53,7 @@ def traffic(frame: pd.DataFrame, title: str, note: str) -> Figure:
 
 
 def waste(frame: pd.DataFrame, counted: pd.DataFrame, title: str, note: str) -> Figure:
-    """Share of a tile's products that are with zeros, over the channels, for each order.
+    """Share of a tile's lanes that hold no product, over the channels, for each order.
 
     Args:
         frame: index: channels; one column per order of `ORDERS`, a share; drawn as lines.
@@ -73,7 +73,7 @@ def waste(frame: pd.DataFrame, counted: pd.DataFrame, title: str, note: str) -> 
             )
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        axes.set(xlabel="channels of x", ylabel="products with nothing", title=title)
+        axes.set(xlabel="channels of x", ylabel="empty lanes", title=title)
         axes.legend(frameon=True)
         return finish(figure, note)
 
@@ -120,41 +120,48 @@ def roofline(ceilings: Mapping[str, Ceilings], points: pd.DataFrame, title: str,
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e12:g} TFLOP/s"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set(xlabel="FLOPs per byte through main memory", title=title)
+        axes.set(xlabel="FLOPs per byte through main memory", ylabel="FLOP/s", title=title)
         return finish(figure, note)
 
 
 def above_floor(panels: Mapping[str, pd.DataFrame], title: str, note: str) -> Figure:
     """Times over the roofline's floor: one panel per table, a row per problem; log axis.
 
+    In a row every algorithm has a height of its own, the same in every panel.
+
     Args:
         panels: title → table; index: names of problems; columns: algorithms; NaN: no time.
     """
-    rows = max(len(frame) for frame in panels.values())
+    problems = list(dict.fromkeys(name for frame in panels.values() for name in frame.index))
     names = list(dict.fromkeys(name for frame in panels.values() for name in frame.columns))
     steps = (1,) if max(frame.max().max() for frame in panels.values()) > 30 else (1, 2, 5)
     with theme():
         figure, axes = plt.subplots(
-            1, len(panels), figsize=(10, 0.45 * rows + 1.9), sharey=True, sharex=True, squeeze=False
+            1,
+            len(panels),
+            figsize=(10, (0.2 + 0.1 * len(names)) * len(problems) + 1.9),
+            sharey=True,
+            sharex=True,
+            squeeze=False,
         )
         for axis, (name, frame) in zip(axes[0], panels.items(), strict=True):
             axis.set_xscale("log")
             axis.axvline(1, color="black", ls=":")
-            for y, (_, row) in enumerate(frame.iterrows()):
-                known = row.dropna()
-                axis.plot([known.min(), known.max()], [y, y], color="#CCCCCC", lw=2, zorder=1)
-                for column, value in known.items():
-                    marker = MARKERS[names.index(column) % len(MARKERS)]
-                    colour = _colour(column)
-                    axis.plot(value, y, marker, color=colour, ms=8, mec="white", zorder=2)
+            for problem, row in frame.iterrows():
+                for column, value in row.dropna().items():
+                    place = names.index(column)
+                    y = problems.index(problem) + 0.8 * ((place + 0.5) / len(names) - 0.5)
+                    marker = MARKERS[place % len(MARKERS)]
+                    axis.plot(value, y, marker, color=_colour(column), ms=8, mec="white")
+            for y in range(1, len(problems)):
+                axis.axhline(y - 0.5, color="#CCCCCC", lw=0.8)
             axis.set(title=name, xlabel="time / floor")
             axis.grid(False, axis="y")
             axis.xaxis.set_major_locator(LogLocator(subs=steps))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: factor_text(value)))
             axis.xaxis.set_minor_formatter(NullFormatter())
-        first = next(iter(panels.values()))
-        axes[0, 0].set_yticks(range(len(first)), first.index)
-        axes[0, 0].set_ylim(rows - 0.5, -0.5)
+        axes[0, 0].set_yticks(range(len(problems)), problems)
+        axes[0, 0].set_ylim(len(problems) - 0.5, -0.5)
         handles = [
             Line2D([], [], marker=m, color=_colour(n), ls="", ms=8, label=n)
             for m, n in zip(MARKERS * 3, names)

@@ -65,8 +65,8 @@ def _time_bars(
     axis: Axes, names: list[str], frame: pd.DataFrame, missing: Mapping[str, str]
 ) -> None:
     axis.set_xscale("log")
-    top, bottom = max(frame["ratio_high"].max(), 1.5), min(frame["ratio_low"].min(), 0.8)
-    axis.set_xlim(bottom / 1.3, top * max(top / bottom, 10) ** 0.65)
+    top, left = max(frame["ratio_high"].max(), 1.5), min(frame["ratio_low"].min(), 0.8) / 1.3
+    axis.set_xlim(left, top * top / left)  # half of the panel for the last bar's label
     for y, name in enumerate(names):
         if name not in frame.index:
             _beside(axis, 1, y, missing.get(name, "no time"))
@@ -86,7 +86,8 @@ def _error_dots(axis: Axes, names: list[str], errors: pd.Series) -> None:
     axis.set_xscale("log")
     known = errors[errors > 0]
     if len(known):
-        axis.set_xlim(known.min() / 4, known.max() * 100)
+        left = known.min() / 4
+        axis.set_xlim(left, known.max() * max((known.max() / left) ** 0.6, 100))
     for y, name in enumerate(names):
         value = errors.iloc[y]
         if value > 0:
