@@ -21,7 +21,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 .PHONY: help reproduce lab notebooks record verdicts readme test lint clean
 
 help:
-	@echo "make reproduce   the thread's analysis on this machine, about two minutes (ARGS=--quick: shorter)"
+	@echo "make reproduce   the thread's analysis on this machine, about three minutes (ARGS=--quick: under one)"
 	@echo "make lab         JupyterLab, opened at the first notebook"
 	@echo "make notebooks   run the notebooks and write their outputs back (ARGS=02: only that one)"
 	@echo "make record      all experiments, into data/"

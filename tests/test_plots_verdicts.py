@@ -4,6 +4,7 @@ import base64
 import functools
 import html
 import io
+import itertools
 import re
 import warnings
 from dataclasses import replace
@@ -143,6 +144,27 @@ def test_ticks_are_round_and_few():
         assert all(float(f"{t:.3g}") == pytest.approx(t) for t in ticks)
 
 
+@pytest.mark.parametrize(
+    ("claimed", "values"),
+    [
+        ((0.5, 2), (1.1, 1.6)),
+        ((0, 1.25), (0.93, 5.8)),
+        ((0.8, 1.25), (0.3, 3)),
+        ((4.5, 10), (3, 6)),
+    ],
+)
+def test_the_edges_have_ticks_and_no_two_labels_touch(claimed, values):
+    found = verdict(*((v, v, v) for v in values), claimed=claimed)
+    figure = drawn(plots.forest, {"here": found}, "ratio", "title", "note")
+    (axes,) = figure.axes
+    ticks = [t for t in axes.get_xticks() if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+    assert len(ticks) >= 3
+    assert set(claimed) - {0} <= set(ticks)
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+    boxes = sorted(boxes, key=lambda box: box.x0)
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
 # The thread's figures and the rules
 
 
@@ -201,6 +223,19 @@ def test_the_grid_shows_every_word_on_its_colour():
     assert texts(axes) == frame.to_numpy().ravel().tolist()
     colours = [to_hex(patch.get_facecolor()).upper() for patch in axes.patches]
     assert colours == [plots.VERDICT_COLOURS[word] for word in frame.to_numpy().ravel()]
+
+
+@pytest.mark.parametrize("width", [1, 4, 6])
+def test_a_grid_fits_on_a_page_and_its_words_into_their_cells(width):
+    names = [f"AMD EPYC (family {i}, model 2), 2 cores, cpu" for i in range(width)]
+    frame = pd.DataFrame([[FAILS] * width] * 3, index=["T1", "T2", "T3"], columns=names)
+    figure = drawn(plots.verdict_grid, frame, "title", "note")
+    assert figure.get_figwidth() <= 11.1
+    (axes,) = figure.axes
+    cell = axes.patches[0].get_window_extent().width
+    assert all(text.get_window_extent().width < cell for text in axes.texts)
+    heads = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(heads))
 
 
 def test_the_grid_refuses_other_words():

@@ -327,6 +327,40 @@ def test_a_reason_names_the_problems_that_agree():
     ]
 
 
+def test_places_in_a_sentence():
+    assert thread.listed(["1 image"]) == "1 image"
+    places = ["2 images", "256 images, memory kept", "small CNN, 8 images, memory kept"]
+    assert thread.listed(places) == (
+        "2 images, 256 images (memory kept) and small CNN (8 images, memory kept)"
+    )
+
+
+def test_a_library_switched_off_is_faster_or_slower():
+    """Both refute that it is as slow as the layer, and the reason says which it was."""
+    slower, faster, alike = (steps(native_no_library=x, thread=5) for x in (9, 2, 5))
+    for rows, way in ((faster, "faster"), (slower, "slower")):
+        found = verdict("T10", rows)
+        assert found.reason == (
+            f"Without its library nn.Conv2d is over 25 % {way} than the layer for 256 images."
+        )
+        assert found.figure.endswith(f"], {way}")
+        assert thread.span(found) == found.figure
+    both = verdict("T10", faster + kept(slower))
+    assert both.verdict == FAILS
+    assert both.reason == (
+        "Without its library nn.Conv2d is over 25 % faster than the layer for 256 images and "
+        "over 25 % slower than the layer for 256 images (memory kept)."
+    )
+    assert re.findall(r"\], (\w+)", both.figure) == ["faster", "slower"]
+    mixed = verdict("T10", alike + kept(faster))
+    assert mixed.verdict == DEPENDS
+    assert mixed.reason == (
+        "It holds for 256 images only. Without its library nn.Conv2d is over 25 % faster than the "
+        "layer for 256 images (memory kept)."
+    )
+    assert "er than" not in verdict("T10", alike).reason
+
+
 def test_a_view_and_a_copy_are_told_apart():
     found = verdict("T1", storage(fold=True))
     assert found.figure == "F.unfold writes 9× its input, F.fold is a view"
@@ -335,7 +369,29 @@ def test_a_view_and_a_copy_are_told_apart():
 def test_the_best_rewritten_form_is_named():
     found = verdict("T12", steps(thread=6, unfold=3, windows=2, native=1))
     assert found.figure.startswith("windows, 256 images, train: 3× [")
-    assert found.reason.startswith("windows is faster")
+    assert found.figure.endswith("] faster (of unfold, windows)")
+    assert found.reason == "windows is faster, without the library's convolution."
+
+
+def test_many_rewritten_forms_are_counted():
+    others = {"shifts": 5, "fft": 7, "row_windows": 1}
+    found = verdict("T12", steps(thread=6, unfold=3, windows=2, native=1, **others))
+    assert found.figure.startswith("row_windows, 256 images, train: 6× [")
+    assert found.figure.endswith("] faster (of 5 forms)")
+
+
+def test_only_the_threads_problem_says_whether_nothing_can_be_done():
+    wide = [
+        dataclasses.replace(r, problem={**r.problem, "out_channels": 64})
+        for r in case("ladder", "train", 2, thread=9, windows=1)
+    ]
+    assert verdict("T12", wide) == thread.missing()
+    rows = case("ladder", "train", 2, thread=5, windows=4.5)
+    assert verdict("T12", rows + wide) == verdict("T12", rows)
+
+
+def test_a_form_that_calls_the_librarys_convolution_is_no_rewritten_form():
+    assert verdict("T12", case("ladder", "train", thread=5, unfoldnd=1)) == thread.missing()
 
 
 # Several visits and two settings of malloc
@@ -388,8 +444,8 @@ def test_both_settings_of_malloc_decide(claim_id, default, with_kept, expected):
         "256 images, memory kept",
     ]
     if expected == DEPENDS:
-        where = "256 images" if default == HOLDS else "256 images, memory kept"
-        assert found.reason == f"It holds for {where} only."
+        where = "256 images" if default == HOLDS else "256 images (memory kept)"
+        assert found.reason.startswith(f"It holds for {where} only.")
 
 
 @pytest.mark.parametrize("claim_id", FIGURES)
@@ -398,7 +454,7 @@ def test_one_setting_of_malloc_inside_the_noise_leaves_it_undecided(claim_id):
     for clear in (holding, failing):
         found = verdict(claim_id, make(clear) + kept(make(tuple(sorted((holding, failing))))))
         assert found.verdict == DEPENDS
-        assert found.reason == "1 of 2 intervals cross the edge: inside the noise."
+        assert found.reason.startswith("1 of 2 intervals cross the edge: inside the noise.")
 
 
 @pytest.mark.parametrize("claim_id", FIGURES)
@@ -511,7 +567,7 @@ def test_one_figure_on_the_other_side_is_enough_to_depend():
     rows = stages(2) + stages(4) + stages(8) + stages(16, (1, 9, 1)) + undecided(2, 64)
     found = verdict("T5", rows)
     assert found.verdict == DEPENDS
-    assert found.reason == "It holds for 2 images and 4 images and 8 images only."
+    assert found.reason == "It holds for 2 images, 4 images and 8 images only."
 
 
 def test_the_span_of_several_figures_is_its_ends():
@@ -694,9 +750,22 @@ def test_the_table_puts_the_thread_beside_the_measurement():
 def test_the_title_says_where_when_and_how_quickly():
     (first, *_) = rows = steps(native=1)
     title = thread.title(rows)
-    for part in (first.machine, "cpu", first.time[:10], f"{first.flags['threads']} thread"):
+    for part in (
+        first.machine,
+        "cpu",
+        first.time[:10],
+        f"{first.flags['threads']} thread",
+        "malloc",
+    ):
         assert part in title
     assert "quick" not in title
+    for allocator, words in (
+        ("glibc, default", "malloc: glibc's default"),
+        (f"glibc, {machine.KEEP_FREED}", f"malloc: glibc, {machine.KEEP_FREED}"),
+        ("jemalloc", "malloc: jemalloc"),
+    ):
+        flags = first.flags | {"allocator": allocator}
+        assert f", {words}, " in thread.title([dataclasses.replace(first, flags=flags)])
     quick = records.row("step", "native", None, "train", session="2030-01-01 quick-0")
     assert "quick" in thread.title([quick])
 

@@ -33,17 +33,17 @@ IMAGE_COLOURS = 48  # of a folded figure, so that twelve of them stay small
 
 MEANINGS = {
     "T1": "F.unfold and F.fold return views",
-    "T2": "unfold and fold / all stages, forward and backward",
+    "T2": "unfold and fold with their copies / all stages, forward and backward",
     "T3": "training step: the thread's layer / nn.Conv2d",
-    "T4": "fold / forward",
+    "T4": "fold / all of forward",
     "T5": "product / unfold, forward",
     "T6": "backward / forward",
-    "T7": "unfold and fold / extra time over nn.Conv2d, training",
+    "T7": "unfold and fold with their copies / extra time over nn.Conv2d, training",
     "T8": "the thread's layer / nn.Conv2d",
     "T9": "inference: the thread's layer / nn.Conv2d",
-    "T10": "training step: nn.Conv2d, library off / the thread's layer",
-    "T11": "training step: nn.Conv2d, library off / as called",
-    "T12": "the thread's layer / the fastest rewritten form",
+    "T10": "training step: nn.Conv2d without its library / the thread's layer",
+    "T11": "training step: nn.Conv2d without its library / with it",
+    "T12": "the thread's layer / the fastest form without the library's convolution",
 }
 """Claim → what its figure is: which time over which."""
 
@@ -126,15 +126,18 @@ def verdict_grid(words: pd.DataFrame, title: str, note: str) -> Figure:
             known = ", ".join(map(repr, VERDICT_COLOURS))
             raise ValueError(f"words must be verdicts ({known}), got {word!r}")
     height, width = words.shape
+    column = min(1.75, max(1.0, 6.4 / width))  # inches: up to six columns fit on a page
     with theme():
-        figure, axes = plt.subplots(figsize=(4.6 + 1.75 * width, 1.5 + 0.43 * height))
+        figure, axes = plt.subplots(figsize=(4.6 + column * width, 1.5 + 0.43 * height))
         for (y, x), word in np.ndenumerate(words.to_numpy()):
             colour = VERDICT_COLOURS[word]
             axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", lw=3))
             ink = _ink(colour)
             axes.text(x + 0.5, y + 0.5, word, ha="center", va="center", color=ink, fontsize=9.5)
         axes.set(xlim=(0, width), ylim=(height, 0))
-        axes.set_xticks(np.arange(width) + 0.5, [_wrapped(c, 20) for c in words.columns])
+        axes.set_xticks(
+            np.arange(width) + 0.5, [_wrapped(c, int(11.5 * column)) for c in words.columns]
+        )
         axes.set_yticks(np.arange(height) + 0.5, [_wrapped(c, 50) for c in words.index], fontsize=9)
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
@@ -177,7 +180,7 @@ def forest(
             axes.set_title(name, fontsize=10)
             axes.axvspan(*np.clip(claimed, *limits), color=VERDICT_COLOURS[HOLDS], alpha=0.13, lw=0)
             _panel(axes, intervals, None if name == THREAD else claimed, limits, style)
-        _scale(panes[-1, 0], limits, style)
+        _scale(panes[-1, 0], limits, style, claimed)
         shaded = f"shaded: {_range(*claimed, style)}" if decided else "not measured"
         panes[-1, 0].set_xlabel(f"{meaning}\n({shaded})")
         figure.suptitle("\n".join(textwrap.wrap(title, 90)), x=0.01, ha="left", fontweight="bold")
@@ -239,27 +242,42 @@ STEPS = (
     (1,),
     (1, 3),
     (1, 2, 5),
-    (1, 1.5, 2, 3, 4, 6, 8),
-    (1, 1.2, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),
+    (1, 2, 4, 3, 6, 8, 1.5),
+    (1, 2, 5, 3, 4, 6, 8, 1.5, 7, 9, 2.5, 1.2, 1.75),
 )
+"""Ticks of a decade, few or many, the most wanted first."""
+
+APART = 0.13  # of the axis, that the labels of two ticks do not touch
 
 
-def _scale(axes: Axes, limits: tuple[float, float], style: str) -> None:
-    """Percent on a linear axis; ratios on a logarithmic one, with round ticks."""
+def _scale(
+    axes: Axes, limits: tuple[float, float], style: str, edges: tuple[float, ...] = ()
+) -> None:
+    """Percent on a linear axis; ratios on a logarithmic one, ticks at `edges` and at round ones."""
     if style == "%":
         axes.set_xlim(*limits)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         return
     axes.set_xscale("log")
     axes.set_xlim(*limits)
-    tens = range(math.floor(math.log10(limits[0])), math.ceil(math.log10(limits[1])) + 1)
-    for steps in STEPS:
-        ticks = [s * 10.0**n for n in tens for s in steps if limits[0] <= s * 10.0**n <= limits[1]]
-        if len(ticks) >= 4:
-            break
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_locator(FixedLocator(_ticks(limits, edges)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+
+
+def _ticks(limits: tuple[float, float], edges: tuple[float, ...]) -> list[float]:
+    """`edges` and round values between `limits`, at least four where they fit beside each other."""
+    low, high = limits
+    tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    gap = APART * math.log(high / low)
+    for steps in STEPS:
+        ticks: list[float] = []
+        for tick in (*edges, *(s * 10.0**n for s in steps for n in tens)):
+            if low <= tick <= high and all(abs(math.log(tick / t)) >= gap for t in ticks):
+                ticks.append(tick)
+        if len(ticks) >= 4:
+            break
+    return sorted(ticks)
 
 
 DOTS = {"o": "#009E73", "s": "#CC79A7", "D": "#56B4E9", "^": "#E69F00", "v": "#999999"}
