@@ -540,7 +540,7 @@ def recorded(rows: pd.DataFrame) -> pd.DataFrame:
     for r in rows.itertuples():
         layer, _, part = r.part.rpartition(", ")
         layer = _LAYERS[layer or _TIMED.get(r.algorithm, "thread")]
-        values = found.setdefault((r.algorithm, layer, r.batch), {})
+        values = found.setdefault((r.algorithm, layer, int(r.batch)), {})
         values[_SIDES.get(part, part)] = r.median
         values["where"] = f"{r.machine}, {r.time[:10]}"
     index = pd.MultiIndex.from_tuples(list(found), names=["mistake", "layer", "batch"])

@@ -81,8 +81,8 @@ def test_table_escapes_and_cuts_nothing(shown):
 
 
 def test_a_line_end_in_a_table_is_a_line_end_in_the_browser(shown):
-    frame = pd.DataFrame({"figures": ["51%\n56%", r"C:\new"], "n": [1, 2.5]}, index=["a\nb", "c"])
-    notebook.table(frame.astype({"n": object}))
+    frame = pd.DataFrame([["51%\n56%", 1], [r"C:\new", 2.5]], ["a\nb", "c"], ["x", "n"], object)
+    notebook.table(frame)
     html = shown[0].data
     assert cells(html) == ["51%<br>56%", "1", r"C:\new", "2.5"]
     assert "<th>a<br>b</th>" in html

@@ -479,8 +479,10 @@ def test_recorded_mistakes_are_those_of_the_newest_run_on_a_gpu():
         on_gpu("first_call", "right", 2.0),
         on_gpu("first_call", "wrong", 9.0, session="2026-03", device="cpu"),
         on_gpu("hot_cache", "wrong", 9.0, experiment="step"),
+        (records.row("ceilings", "copy", None, ""), "cpu"),  # its batch makes the others floats
     )
     assert table["wrong / right"].to_dict() == {("first_call", "conv", 64): 4}
+    assert table.index.get_level_values("batch").dtype == int
 
 
 def test_without_a_recorded_gpu_the_table_of_mistakes_is_empty():
