@@ -42,6 +42,28 @@ def test_switches_show_time_beside_error(times, recwarn):
     assert not recwarn.list
 
 
+def test_labels_of_the_switches_end_inside_their_panels(times):
+    times.loc["channels last", ["ratio", "ratio_low", "ratio_high"]] = 20.1, 19.5, 22.5
+    times.loc["thread", "median"] = 0.0168
+    errors = pd.Series({"as called": 1e-7, "channels last": 5e-3, "thread": 4e-7})
+    figure = plots.switches({"a": times, "b": times}, errors, "Title", "note")
+    figure.canvas.draw()
+    for axis in figure.axes:
+        edge = axis.get_window_extent().x1
+        assert [t.get_text() for t in axis.texts if t.get_window_extent().x1 > edge] == []
+
+
+def test_no_label_of_an_axis_of_ratios_lies_at_the_edge_of_its_panel(times):
+    panels = {"a": times.assign(ratio_high=11.7), "b": times.assign(ratio_high=5.8)}
+    figure = plots.ratio_bars(panels, "Title", "note", "as called")
+    for axis in figure.axes:
+        ticks, right = axis.get_xticks(), axis.get_xlim()[1]
+        labels = axis.xaxis.get_major_formatter().format_ticks(ticks)
+        shown = [x for x, text in zip(ticks, labels, strict=True) if text]
+        assert shown[0] == 0
+        assert right / 2 < shown[-1] < 0.94 * right
+
+
 def test_switches_where_nothing_has_a_known_error(times, recwarn):
     errors = pd.Series({name: None for name in times.index}, dtype=float)
     figure = plots.switches({"inference": times}, errors, "Title", "note")

@@ -17,7 +17,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from convlab.pitfalls import factor_text
 from convlab.timing import seconds
@@ -219,11 +219,17 @@ def ratio_bars(
                 axis.text(max(row["ratio_high"], 1) + 0.03 * top, y, text, va="center", fontsize=9)
             axis.axvline(1, color="black", linestyle=":")
             axis.set(xlim=(0, 1.5 * top), title=name, xlabel=f"time / {one}")
-            axis.xaxis.set_major_locator(MaxNLocator(6, prune="upper"))  # no label at the edge
+            inner_labels(axis)
             axis.grid(False, axis="y")
         axes[0, 0].invert_yaxis()
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         return finish(figure, note)
+
+
+def inner_labels(axes) -> None:
+    """Numbers along x, but none where it would touch the 0 of the panel to the right."""
+    last = 0.94 * axes.get_xlim()[1]
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < last else ""))
 
 
 def _end_labels(axes, ends: Mapping[str, Sequence[float]]) -> None:

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from convlab.pitfalls import factor_text
-from convlab.plots.basics import COLOURS, OTHER, finish, theme
+from convlab.plots.basics import COLOURS, OTHER, finish, inner_labels, theme
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,8 +44,8 @@ def traffic(frame: pd.DataFrame, title: str, note: str, x_label: str) -> Figure:
                 )
             axis.set_title(name, fontsize=11)
             axis.set_xlabel(x_label)
-            axis.xaxis.set_major_locator(MaxNLocator(4, prune="upper"))
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+            inner_labels(axis)
             axis.grid(False, axis="y")
         axes[0, 0].set_ylim(len(frame) - 0.5, -0.5)
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
