@@ -47,6 +47,7 @@ LAYERS = [
     "plots",
     "pictures",
     "notebook",
+    "climb",
     "diagnosing",
     "__main__",
 ]

@@ -81,6 +81,14 @@ def test_trade_labels_every_point_inside_and_apart():
             assert plots.ladder._common(a, b) <= 5, "square pixels; the layout moves a little"
 
 
+def test_trade_rings_the_front_and_names_its_lines(table):
+    figure = plots.trade({"a": table, "b": table}, {"a": 0.5, "b": 0.5}, "t", "n")
+    axis = figure.axes[0]
+    (rings,) = [line for line in axis.lines if line.get_markersize() > 10]
+    assert rings.get_xdata().tolist() == [1, 2], "nn.Conv2d, and what is slower and smaller"
+    assert {" floor", " nn.Conv2d's time"} <= set(texts(axis))
+
+
 def test_labels_of_points_in_one_place_do_not_meet():
     taken, inside, point = [], Bbox.from_bounds(0, 0, 400, 350), np.array([200.0, 175.0])
     for _ in LADDER:

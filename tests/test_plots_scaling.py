@@ -70,6 +70,16 @@ def test_scaling_states_measured_and_predicted_slopes(frame):
     assert drawn == [SIZES, SIZES, [n**2 for n in SIZES]], "native, the prediction, the thread"
 
 
+def test_the_legend_speaks_of_predictions_only_where_there_are_some(frame):
+    plain = frame.drop(columns="time_predicted")
+    titles = []
+    for table in (frame, plain):
+        figure = plots.scaling({"": table}, "batch", {"time": "t"}, "", "", slopes=["time"])
+        (panel,) = axes_with_lines(figure)
+        titles.append(panel.get_legend().get_title().get_text())
+    assert titles == ["slope: measured (predicted)", "slope"]
+
+
 def test_scaling_draws_a_setting_in_its_algorithms_colour_with_dashes(frame):
     again = frame.assign(algorithm=frame["algorithm"] + ", one thread")
     figure = plots.scaling({"": pd.concat([frame, again])}, "batch", {"memory": "m"}, "", "")
@@ -131,7 +141,7 @@ def test_agreement_draws_a_point_per_row_and_the_diagonal(frame):
     axis, error = figure.axes
     diagonal, *points = axis.lines
     assert diagonal.get_xdata().tolist() == diagonal.get_ydata().tolist()
-    assert [line.get_label() for line in points] == ["thread, forward", "thread, train"]
+    assert [line.get_label() for line in points] == ["thread, forward", "thread, training"]
     assert points[0].get_ydata().tolist() == [n**2 for n in SIZES]
     assert [text.get_text() for text in axis.texts] == ["too fast"]
     assert error.lines[0].get_ydata().tolist() == [n - 1 for n in SIZES]

@@ -98,8 +98,8 @@ def trade(
 ) -> Figure:
     """Time against peak memory, a labelled point per algorithm, two panels a row; log axes.
 
-    A grey staircase joins the points that no other beats in both. Circles are ours, squares the
-    peers'.
+    A grey staircase joins the points that no other beats in both; each has a ring. Circles are
+    ours, squares the peers'. The vertical lines are nn.Conv2d's time and the floor.
 
     Args:
         panels: name → table indexed by algorithm, with the columns ratio and memory (bytes).
@@ -107,7 +107,7 @@ def trade(
     """
     rows = -(-len(panels) // 2)
     with theme():
-        figure, grid = plt.subplots(rows, 2, figsize=(10, 0.6 + 4.3 * rows), squeeze=False)
+        figure, grid = plt.subplots(rows, 2, figsize=(10, 0.6 + 4.6 * rows), squeeze=False)
         for axis in grid.flat[len(panels) :]:
             axis.set_axis_off()
         shown = list(zip(grid.flat, panels.items()))
@@ -142,6 +142,7 @@ def _points(axis: Axes, table: pd.DataFrame, floor: float) -> None:
     if len(points):
         x, y = points[front(points)].T
         axis.plot(x, y, color="#CCCCCC", lw=4, drawstyle="steps-post", zorder=1)
+        axis.plot(x, y, "o", ms=13, mfc="none", mec="black", mew=1.2, zorder=2)
         low, high = points.min(axis=0), points.max(axis=0)
         axis.set_xlim(min(low[0], floor) / 1.4, high[0] * 2)
         axis.set_ylim(low[1] / 1.7, high[1] * 1.9)
@@ -152,6 +153,7 @@ def _points(axis: Axes, table: pd.DataFrame, floor: float) -> None:
     axis.axvline(floor, color="black", ls=":", lw=1.2, zorder=1)
     where = axis.get_xaxis_transform()
     axis.text(floor, 0.99, " floor", fontsize=8, va="top", transform=where)
+    axis.text(1, 0.99, " nn.Conv2d's time", fontsize=8, va="top", transform=where)
     _ticks(axis.xaxis, axis.get_xlim(), lambda value: f"{factor_text(value)}×")
     _ticks(axis.yaxis, axis.get_ylim(), size)
 
@@ -165,7 +167,7 @@ def _ticks(axis, limits: tuple[float, float], text) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-DISTANCES = (5, 12, 20, 30, 42, 56, 72, 90, 110)  # of a label from its point, in points
+DISTANCES = (8, 14, 20, 30, 42, 56, 72, 90, 110)  # of a label from its point, in points
 ANGLES = (0, 180, 30, -30, 150, -150, 60, -60, 90, -90, 120, -120)  # degrees, best first
 
 
@@ -197,7 +199,7 @@ def _label(axis: Axes, names: Sequence[str], points: np.ndarray) -> None:
         taken.append(place)
         centre = (place.min + place.max) / 2
         text.set_position((centre - pixels[i]) / unit)
-        text.arrow_patch.set_visible(distance > DISTANCES[1])
+        text.arrow_patch.set_visible(distance > DISTANCES[0])
 
 
 def _place(
@@ -394,6 +396,8 @@ def at_a_time(
     labels = {"x_label": "images at a time"}
     figure = scaling({"": frame}, "images", quantities, title, dashed + note, **labels)
     for axis in figure.axes:
+        if legend := axis.get_legend():
+            legend.set_loc("upper right")  # lines are marked at few images
         limits = axis.get_xlim()
         for x in marks.values():
             axis.axvline(x, color="black", ls="--", lw=1, zorder=1)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 UNITS = {"time": seconds, "memory": size}  # how the values of a quantity so named are written
 PASS_MARKERS = {"forward": "o", "train": "^"}
+PASS_WORDS = {"train": "training"}
 SETTING_STYLES = (":", "--", "-.")
 
 
@@ -95,7 +96,9 @@ def scaling(
                 _panel(axis, frame, x, y, y in slopes, (bands or {}).get(y))
             top = row[0].get_ylim()[1]
             if y in slopes or (i == 0 and not slopes):
-                _legends(row, "slope: measured (predicted)" if y in slopes else None)
+                predicted = any(f"{y}_predicted" in frame for frame in frames.values())
+                title_ = "slope: measured (predicted)" if predicted else "slope"
+                _legends(row, title_ if y in slopes else None)
             _log_ticks(row[0], UNITS.get(y.split("_")[0], "{:g}".format), top)
             row[0].set_ylabel(label)
         titles = list(frames) * columns if len(frames) == 1 else list(frames)
@@ -259,7 +262,7 @@ def agreement(
         for (name, pass_), group in frame.groupby(["algorithm", "pass"], sort=False):
             look = {"ls": "", "marker": PASS_MARKERS.get(pass_, "o"), "ms": 5}
             look |= {"color": COLOURS.get(name, OTHER), "markerfacecolor": "none"}
-            axes.plot(group[x], group[y], **look, label=f"{name}, {pass_}")
+            axes.plot(group[x], group[y], **look, label=f"{name}, {PASS_WORDS.get(pass_, pass_)}")
             if within:
                 error.plot(group[x], group[y] / group[x] - 1, **look)
         axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel=x_label, ylabel=y_label)
