@@ -14,7 +14,7 @@ from convlab import ALGORITHMS, PROBLEMS, ConvProblem, cost, counts, timing
 
 
 @given(problem=problems())
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_flops_are_those_of_the_flop_counter(problem):
     x, weight, _ = problem.inputs(requires_grad=True)
     with counter() as forward:
@@ -60,7 +60,7 @@ def assume_counted_exactly(problem):
 
 @pytest.mark.parametrize("algorithm", ["thread", "unfold"])
 @given(problem=problems())
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_peak_memory_is_what_is_measured(algorithm, problem):
     assume_counted_exactly(problem)
     measured = timing.peak_bytes(torch.no_grad()(runs(algorithm, problem)))
@@ -81,7 +81,7 @@ def test_peak_memory_of_the_threads_problem(algorithm, changes):
 
 @pytest.mark.parametrize("algorithm", ["thread", "unfold"])
 @given(problem=problems(min_batch=1))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_peak_memory_of_training_is_what_is_measured(algorithm, problem):
     assume_counted_exactly(problem)
     sizes = cost.Sizes.of(problem)
@@ -97,7 +97,7 @@ def test_peak_memory_of_training_is_what_is_measured(algorithm, problem):
 
 @pytest.mark.parametrize("algorithm", ["thread", "unfold"])
 @given(problem=problems(min_batch=2))
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_what_the_steps_write_is_what_is_allocated(algorithm, problem):
     assume_counted_exactly(problem)
     sizes = cost.Sizes.of(problem)

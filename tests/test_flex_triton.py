@@ -167,7 +167,7 @@ def test_aux(name, aux, reduce):
         assert_same(problem, WITH_AUX[name], reduce, tensors_of(problem, aux=aux, layout=layout))
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(
     problem=problems(),
     name=st.sampled_from(sorted(FUNCTIONS)),

@@ -220,6 +220,10 @@ def weight_product(
     real_q, real_k = channels_of(q < C * R * S, NHWC), channels_of(k < K, NHWC)
     last = tl.minimum((split + 1) * part, pixels)
     total = tl.full((CHANNELS, ROWS), 0, SUM)
+    # In plain float32 the products of one step are added up by themselves: a single chain over all
+    # pixels is several times less exact. Of total + a · b the compiler makes that chain, of
+    # total − a · b it does not.
+    APART: tl.constexpr = PRECISION == "ieee" and X.dtype.element_ty == tl.float32
     m = split * part + tl.arange(0, DEPTH)
     image, row, column = place_of(m, OH, OW)
     image = image.to(INDEX)
@@ -243,9 +247,14 @@ def weight_product(
             grad = tl.trans(grad)
         else:
             x = tl.trans(x)
-        total = tl.dot(grad, x, total, input_precision=PRECISION, out_dtype=SUM)
+        if APART:
+            total -= tl.dot(grad, x, input_precision=PRECISION, out_dtype=SUM)
+        else:
+            total = tl.dot(grad, x, total, input_precision=PRECISION, out_dtype=SUM)
         m += DEPTH
         image, row, column = moved_on(image, row, column, images, rows, columns, OH, OW)
+    if APART:
+        total = -total
     at = P + ((split * tl.num_programs(1) + group) * K + k)[:, None] * (C * R * S)
     at += (c * (R * S) + tap)[None, :]
     tl.store(at, total, mask=(k < K)[:, None] & (q < C * R * S)[None, :])
