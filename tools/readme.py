@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convlab import experiments, plots, records, thread, timing
+from convlab.plots.verdicts import MEANINGS
 from convlab.problem import ConvProblem
 from convlab.problems import thread_problem
 from convlab.records import Row
@@ -17,15 +18,15 @@ README = ROOT / "README.md"
 PICTURE = ROOT / "data" / "answer.png"
 BEGIN, END = "<!-- made by `make readme` from data/records/ -->", "<!-- end -->"
 LABELS = {
-    "native": "nn.Conv2d",
-    "native_channels_last": "nn.Conv2d, NHWC",
-    "auto": "auto: the fastest, measured",
+    "native": "native: nn.Conv2d",
+    "native_channels_last": "native_channels_last: in NHWC",
+    "auto": "auto: chosen by measuring",
     "fused": "fused: the sum, compiled",
-    "windows_chunked": "windows, a cache full at a time",
-    "row_windows": "k copies in place of k²",
+    "windows_chunked": "windows_chunked: a cache at a time",
+    "row_windows": "row_windows: k copies, not k²",
     "windows": "windows: copied in long rows",
-    "unfold": "weight first, no fold",
-    "thread": "the thread's layer",
+    "unfold": "unfold: weight first, no fold",
+    "thread": "thread: the layer as posted",
 }
 
 
@@ -43,10 +44,13 @@ def sessions() -> list[list[Row]]:
 def verdicts(machines: Sequence[Sequence[Row]]) -> str:
     """One table in Markdown: a line per claim, a column per machine."""
     tables = [thread.table(rows) for rows in machines]
-    head = ["Claim of the thread", "Its own figure", *(thread.title(rows) for rows in machines)]
+    first = "Claim of the thread, *what is divided by what*"
+    head = [first, "Its own figure", *map(thread.title, machines)]
     lines = [_line(head), _line(["---"] * len(head))]
     for i, claim in enumerate(tables[0].itertuples()):
-        cells = [claim.claim, tables[0]["the thread"][i]]
+        meaning = MEANINGS[claim.claim.split()[0]]
+        ratio = f"<br>*{meaning}*" if "/" in meaning else ""
+        cells = [claim.claim + ratio, tables[0]["the thread"][i]]
         for table in tables:
             measured = table["measured"][i].replace("\n", "<br>")
             cells.append(f"**{table['verdict'][i]}**<br>{measured}")
