@@ -43,13 +43,14 @@ def test_switches_show_time_beside_error(times, recwarn):
 
 
 def test_labels_of_the_switches_end_inside_their_panels(times):
-    times.loc["channels last", ["ratio", "ratio_low", "ratio_high"]] = 20.1, 19.5, 22.5
-    times.loc["thread", "median"] = 0.0168
-    errors = pd.Series({"as called": 1e-7, "channels last": 5e-3, "thread": 4e-7})
+    times["ratio"], times["median"] = [1.0, 0.752, 23.1], [704e-6, 530e-6, 0.0162]
+    times["ratio_low"], times["ratio_high"] = [1.0, 0.75, 22.9], [1.0, 0.76, 24.0]
+    times.index = ["as called", "channels last", "bf16, channels last, padded, benchmark"]
+    errors = pd.Series([1e-7, 5e-3, 4e-7], times.index)
     figure = plots.switches({"a": times, "b": times}, errors, "Title", "note")
     figure.canvas.draw()
     for axis in figure.axes:
-        edge = axis.get_window_extent().x1
+        edge = axis.bbox.x1
         assert [t.get_text() for t in axis.texts if t.get_window_extent().x1 > edge] == []
 
 
