@@ -74,6 +74,23 @@ def seeded(make: Callable[..., nn.Module], seed: int, *arguments, **options) -> 
         return make(*arguments, **options)
 
 
+def settled(model: nn.Module, images: Tensor) -> nn.Module:
+    """`model` in evaluation mode, the means and variances of its batch norms those of `images`.
+
+    With the usual first ones, 0 and 1, a deep network of random weights may lose its signal on the
+    way: its output then hardly depends on what its layers compute.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    usual = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(images)
+    for norm, momentum in zip(norms, usual):
+        norm.momentum = momentum
+    return model.eval()
+
+
 class PatchLayer(nn.Module):
     """A layer with a convolution's weight, and a function of its own of every patch and filter.
 

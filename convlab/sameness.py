@@ -1,9 +1,10 @@
 """Do two algorithms train the same network? Their loss curves, beside the noise of rounding.
 
-Two correct convolutions add the same products in another order, so their losses differ from the
-first step on by rounding, and training lets every difference grow. How much is too much is told by
-PyTorch's own convolution: as called, in another layout, without its library. Those are three
-orders of one sum too, and what lies between them is noise.
+Two correct convolutions add the same products in another order (`winograd` and `fft` add other
+products), so their losses differ by rounding from the first steps on, and training lets every
+difference grow. How much is too much is told by PyTorch's own convolution: as called, in another
+layout, without its library. Those are three orders of one sum too, and what lies between them is
+noise.
 """
 
 from __future__ import annotations

@@ -119,6 +119,39 @@ def test_noise_is_stripped(path):
     assert nb.metadata.kernelspec.name == "python3"
 
 
+def test_views_that_need_a_kernel_are_stripped(path):
+    """A bar's view and the blank it leaves go, with its state; a slider stays while it has one."""
+    view = lambda name: {notebooks.VIEW: {"model_id": name}, "text/plain": "Output()"}
+    data = [view("bar"), {"text/html": "<pre></pre>", "text/plain": ""}, view("slider")]
+    data += [view("lost"), {"text/html": "<b>2</b>", "text/plain": "2"}]
+    states = {
+        "bar": {"model_name": "OutputModel", "state": {"outputs": []}},
+        "slider": {"model_name": "VBoxModel", "state": {}},
+    }
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[0].outputs += [new_output("display_data", data=each) for each in data]
+    nb.metadata["widgets"] = {"mime": {"state": states}}
+    notebooks.tidy(nb)
+    printed, *others = nb.cells[0].outputs
+    assert printed.text == "2\n"
+    assert [output.data for output in others] == [data[2], data[4]]
+    assert "widgets" in nb.metadata
+
+    del nb.metadata["widgets"]["mime"]["state"]["slider"]
+    notebooks.tidy(nb)
+    assert [output.get("data") for output in nb.cells[0].outputs] == [None, data[4]]
+    assert "widgets" not in nb.metadata
+
+
+def test_an_error_in_a_stripped_view_is_still_found(path):
+    error = {"output_type": "error", "ename": "E", "evalue": "why"}
+    states = {"bar": {"model_name": "OutputModel", "state": {"outputs": [error]}}}
+    nb = nbformat.read(path, as_version=4)
+    nb.metadata["widgets"] = {"mime": {"state": states}}
+    notebooks.tidy(nb)
+    assert notebooks.defects(nb) == ["widget callback: E: why"]
+
+
 def test_executes_with_this_interpreter_and_finds_errors_in_widget_callbacks(tmp_path):
     nb = new_notebook(
         cells=[

@@ -40,6 +40,16 @@ def test_accuracy_dots_show_every_run_and_the_interval():
         *([0.98, 0.99], [0.98, 0.99], [0.985], [0.97], [0.97], [0.97, 0.97])
     ]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["native", "unfold"]
+    assert not axes.texts
+
+
+def test_the_axis_of_accuracies_is_not_stretched_to_a_line_far_below():
+    runs, intervals = {"native": [0.98, 1.0]}, {"native": (0.99, 0.97, 1.2)}
+    (axes,) = plots.accuracy_dots(intervals, runs, "title", "note", least=0.5).axes
+    low, high = axes.get_xlim()
+    assert 0.96 < low < 0.97
+    assert 1 < high < 1.01
+    assert [text.get_text() for text in axes.texts] == ["← 50%"]
 
 
 def test_step_parts_are_stacked_and_labelled():

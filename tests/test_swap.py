@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from convlab import ALGORITHMS, Conv2d, ThreadConv2d, swap, swap_convolutions
+from convlab.networks import settled
 from convlab.swap import LeftAlone, convolutions
 from convlab.vision import torchvision
 
@@ -57,12 +58,8 @@ def network(family):
     torch.manual_seed(0)
     model = make().double()
     images = torch.randn(4, 3, size, size, dtype=torch.float64)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
     with torch.no_grad():
-        model.train()(images)
-        expected = output(model.eval(), images[:1])
+        expected = output(settled(model, images), images[:1])
     return model, images[:1], expected
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from convlab import ALGORITHMS, datasets, networks, sameness, training
-from convlab.networks import L1_LAYER, TOP_K_LAYER, PatchLayer, SmallCNN, seeded
+from convlab.networks import L1_LAYER, TOP_K_LAYER, PatchLayer, SmallCNN, seeded, settled
 from convlab.sameness import distances, mean_interval, noise_table, train_each
 from convlab.training import CheckpointError, History, Recipe, train
 
@@ -139,6 +139,18 @@ def test_a_recipe_names_bad_values():
     ):
         with pytest.raises(ValueError, match=f"{name} must be .*{value!r}"):
             Recipe(**{name: value})
+
+
+def test_batch_norms_are_settled_on_the_images():
+    model, images = seeded(SmallCNN, 0), 3 + 5 * torch.randn(64, 1, 8, 8)
+    norm, before = model.features[0][1], model.features[0][1].momentum
+    assert settled(model, images) is model
+    assert not model.training
+    assert norm.momentum == before
+    values = model.features[0][0](images).detach()
+    torch.testing.assert_close(norm.running_mean, values.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, values.var((0, 2, 3)))
+    assert norm(values).std().item() == pytest.approx(1, abs=0.01)
 
 
 def test_the_rate_grows_and_falls():

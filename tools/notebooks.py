@@ -31,6 +31,7 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 MAX_LINES, MAX_BYTES, MAX_WIDGET_BYTES = 15, 1_000_000, 100_000
 KERNELSPEC = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 class ThisInterpreter(AsyncKernelManager):
@@ -92,7 +93,7 @@ def stamp(nb):
 
 
 def tidy(nb):
-    """Name the usual kernel; remove times of cells, ANSI codes and large widget states."""
+    """Name the usual kernel; remove times of cells, ANSI codes, large widget states, dead views."""
     nb.metadata["kernelspec"] = KERNELSPEC
     for cell in nb.cells:
         cell.metadata.pop("execution", None)
@@ -102,6 +103,34 @@ def tidy(nb):
                     holder[key] = ANSI.sub("", holder[key])
     if len(json.dumps(nb.metadata.get("widgets", {}))) > MAX_WIDGET_BYTES:
         del nb.metadata["widgets"]
+    drop_dead_views(nb)
+
+
+def drop_dead_views(nb):
+    """Remove outputs that only a running kernel could fill, and states that no output shows.
+
+    A progress bar is a view of an Output widget; without a kernel it reads "Output()", and what it
+    leaves when it is done is an empty text. A view whose state was not kept is no better.
+    """
+    states = {}
+    for mime in nb.metadata.get("widgets", {}).values():
+        states |= mime.get("state", {})
+    bars = {name for name, s in states.items() if s.get("model_name") == "OutputModel"}
+    shown = set()
+    for cell in nb.cells:
+        kept = []
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if VIEW in data and data[VIEW]["model_id"] not in states.keys() - bars:
+                continue
+            if output.output_type == "display_data" and data.get("text/plain") == "":
+                continue
+            shown |= {data[VIEW]["model_id"]} if VIEW in data else set()
+            kept.append(output)
+        if "outputs" in cell:
+            cell.outputs = kept
+    if not shown and not widget_errors(nb):
+        nb.metadata.pop("widgets", None)
 
 
 def widget_errors(nb):

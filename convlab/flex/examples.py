@@ -69,7 +69,8 @@ def cosine_similarity(x: Tensor, weight: Tensor, eps: float = 1e-6, **sizes) -> 
 def correlation(x: Tensor, weight: Tensor, eps: float = 1e-6, **sizes) -> Tensor:
     """Local normalisation: patch and w without their means, over their norms: three convolutions.
 
-    With mean-free w, Σ (x − mean) w = Σ x·w, and Σ (x − mean)² = Σ x² − (Σ x)² / n.
+    With mean-free w, Σ (x − mean) w = Σ x·w, and Σ (x − mean)² = Σ x² − (Σ x)² / n: a difference
+    of large numbers, which loses digits where a patch varies little; a score may exceed 1 by them.
     """
     ones, count = torch.ones_like(weight[:1]), weight[0].numel()
     free = weight - weight.mean((1, 2, 3), keepdim=True)

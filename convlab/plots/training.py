@@ -74,7 +74,8 @@ def accuracy_dots(
     Args:
         intervals: name → (mean, low, high).
         runs: name → accuracies.
-        least: drawn as a line: what every mean should exceed.
+        least: what every mean should exceed: a line, or a word at the edge where it lies far
+            below all the runs.
     """
     with theme():
         figure, axes = plt.subplots(figsize=(8, 0.36 * len(intervals) + 1.3))
@@ -86,8 +87,16 @@ def accuracy_dots(
             if np.isfinite([low, high]).all():
                 axes.plot([low, min(high, 1)], [y, y], color=colour, lw=3, solid_capstyle="butt")
             axes.plot(mean, y, "o", color=colour, ms=8, mec="white")
-        if least is not None:
+        ends = [v for name, interval in intervals.items() for v in (*interval, *runs[name])]
+        ends = np.clip([v for v in ends if np.isfinite(v)], None, 1)
+        margin = 0.08 * max(ends.max() - ends.min(), 0.005)
+        left = ends.min() - margin
+        axes.set_xlim(left, ends.max() + margin)
+        if least is not None and least > left:
             axes.axvline(least, color="black", ls=":")
+        elif least is not None:
+            where = {"xycoords": "axes fraction", "ha": "left", "va": "bottom", "fontsize": 9}
+            axes.annotate(f"← {least:.0%}", (0.005, 0.005), **where)
         axes.set_yticks(range(len(intervals)), list(intervals))
         axes.invert_yaxis()
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
