@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 VERDICT_COLOURS = {HOLDS: "#0072B2", DEPENDS: "#F0E442", FAILS: "#D55E00", UNKNOWN: "#CCCCCC"}
 SIDES = {HOLDS: "inside", FAILS: "outside", DEPENDS: "across the edge"}
 THREAD = "the thread's own figures (no interval known)"
-IMAGE_COLOURS = 48  # of a folded figure, so that twelve of them stay small
+IMAGE_COLOURS = 24  # of a folded figure, so that twelve of them stay small
 
 MEANINGS = {
     "T1": "F.unfold and F.fold return views",
@@ -324,7 +324,7 @@ def badge(word: str) -> str:
     return f'<b style="{style}">{html.escape(word)}</b>'
 
 
-def png(figure: Figure, dpi: float = 80) -> bytes:
+def png(figure: Figure, dpi: float = 72) -> bytes:
     """`figure` as a PNG of few colours, which is much smaller."""
     from PIL import Image
 
