@@ -52,9 +52,11 @@ def pace(i: Interval) -> str:
 def of_page_faults(before: str, name: str, called: Interval, kept: Interval) -> str:
     """What the same ratio with freed memory kept says about the one as called."""
     if kept.high < called.low:
-        return f"page faults weigh more on {before} and are part of the factor"
+        part = "are part of the gain" if called.value >= 1 else "hide part of the loss"
+        return f"page faults weigh more on {before} and {part}"
     if kept.low > called.high:
-        return f"page faults weigh more on {name} and hide part of the factor"
+        part = "hide part of the gain" if called.value >= 1 else "are part of the loss"
+        return f"page faults weigh more on {name} and {part}"
     return "page faults do not change it beyond the noise"
 
 
@@ -69,7 +71,8 @@ def checked(ladder: Ladder) -> pd.DataFrame:
             continue
         for predicted, outcome in _outcomes(ladder, p, pass_, case, best):
             rows.append({"predicted": predicted, "layer": f"{short(p)}, {word}", "found": outcome})
-    return pd.DataFrame(rows, columns=["predicted", "layer", "found"])
+    frame = pd.DataFrame(rows, columns=["predicted", "layer", "found"])
+    return frame.sort_values("predicted", kind="stable", ignore_index=True)
 
 
 def _outcomes(ladder: Ladder, p: ConvProblem, pass_: str, case: pd.Series, best: str):
@@ -91,7 +94,8 @@ def _outcomes(ladder: Ladder, p: ConvProblem, pass_: str, case: pd.Series, best:
     if p.stride != (1, 1):
         verdict = "wrong, it copies by rows" if best in BY_ROWS else "right"
         yield "stride: copying by rows loses its point", f"{verdict}: {leads}"
-    if p.groups == 1 and min(p.in_channels, p.out_channels) >= 64 and p.kernel_size != (1, 1):
+    dense = p.groups == 1 and p.stride == (1, 1) and p.kernel_size != (1, 1)
+    if dense and min(p.in_channels, p.out_channels) >= 64:
         known, usual = (
             found[[n for n in COLUMNS if n in found.index]]
             for found in (case, ladder.case(ladder.many, pass_)["ratio"])
@@ -238,13 +242,15 @@ class Ladder:
             if np.isnan(called.value):
                 continue
             counted = self.counted(before, name, p, pass_)
-            text = f"{word}: " + ("" if np.isnan(counted) else f"counted {counted:.3g}×, ")
+            text = f"{word.capitalize()}: " + (
+                "" if np.isnan(counted) else f"counted {counted:.3g}×, "
+            )
             text += f"measured {words(called)} ({pace(called)})"
             if not np.isnan(kept.value):
                 text += f", with memory kept {words(kept)}: "
                 text += of_page_faults(before, name, called, kept)
             found.append(text)
-        return f"Time of {before} / {name}, {short(p)}. {'; '.join(found) or 'Not measured'}."
+        return f"Time of {before} / {name}, {short(p)}. {'. '.join(found) or 'Not measured'}."
 
     def tally(self, before: str, name: str) -> str:
         """How often `name` is faster than the form before, over all problems and passes."""
@@ -314,7 +320,7 @@ class Ladder:
             notebook.table(table, note, **{f"{before} / it, counted": ".3g"})
         for name in names:
             for p in dict.fromkeys(p for p in problems if p != self.few):
-                notebook.say("{text}", text=self.closing(before, name, p))
+                notebook.say(self.closing(before, name, p))
 
     def promised(self, before: str, name: str, p: ConvProblem | None = None) -> None:
         """Show, folded: counted bytes before and after, and the time they take at the ceilings."""

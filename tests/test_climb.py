@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from convlab import climb, cost, machine, notebook, records
@@ -102,24 +101,32 @@ def test_pace_needs_the_whole_interval(low, high, word):
 
 
 @pytest.mark.parametrize(
-    ("kept", "words"),
+    ("kept", "sentence"),
     [
-        ((1.0, 1.5), "weigh more on a and are part"),
-        ((5.0, 6.0), "weigh more on b and hide part"),
-        ((2.5, 3.5), "do not change it"),
+        ((1.0, 1.5), "page faults weigh more on a and are part of the gain"),
+        ((5.0, 6.0), "page faults weigh more on b and hide part of the gain"),
+        ((2.5, 3.5), "page faults do not change it beyond the noise"),
     ],
 )
-def test_page_faults_are_told_by_intervals_that_do_not_meet(kept, words):
-    called = Interval("", 3, 2, 4)
-    assert words in of_page_faults("a", "b", called, Interval("", np.mean(kept), *kept))
+def test_page_faults_are_told_by_intervals_that_do_not_meet(kept, sentence):
+    assert of_page_faults("a", "b", Interval("", 3, 2, 4), Interval("", 3, *kept)) == sentence
+
+
+def test_of_a_loss_page_faults_are_a_part_or_hide_one():
+    called = Interval("", 0.5, 0.4, 0.6)
+    assert "on b and are part of the loss" in of_page_faults(
+        "a", "b", called, Interval("", 1, 1, 1)
+    )
+    less = Interval("", 0.2, 0.1, 0.3)
+    assert "on a and hide part of the loss" in of_page_faults("a", "b", called, less)
 
 
 def test_a_rung_closes_with_all_three_figures(ladder):
     text = ladder.closing("thread", "unfold")
-    assert text.startswith("Time of thread / unfold, 512 images. forward: counted 1.")
+    assert text.startswith("Time of thread / unfold, 512 images. Forward: counted 1.")
     assert "measured 1.33× [1.33 … 1.33] (faster), with memory kept 1× [1 … 1]: page" in text
     assert "page faults weigh more on thread" in text
-    assert "training: counted 1." in text
+    assert "thread and are part of the gain. Training: counted 1." in text
     kept = ladder.closing("unfold", "unfold_batched")
     assert "memory kept" not in kept
     assert "Not measured" in ladder.closing("thread", "shifts")
@@ -158,6 +165,7 @@ def test_predictions_are_checked_against_the_rows(ladder):
     wide = found.loc[f"{short(WIDE)}, forward", "found"]
     assert wide.startswith("wrong: slowest / fastest of those with columns 1.5, for 512 images")
     assert len(found) == 4
+    assert found["predicted"].is_monotonic_increasing, "what was predicted alike stands together"
 
 
 def test_a_depthwise_product_that_only_wins_for_lack_of_rivals_is_not_good():

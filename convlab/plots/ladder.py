@@ -107,7 +107,7 @@ def trade(
     """
     rows = -(-len(panels) // 2)
     with theme():
-        figure, grid = plt.subplots(rows, 2, figsize=(10, 0.6 + 4.6 * rows), squeeze=False)
+        figure, grid = plt.subplots(rows, 2, figsize=(10, 0.6 + 4.9 * rows), squeeze=False)
         for axis in grid.flat[len(panels) :]:
             axis.set_axis_off()
         shown = list(zip(grid.flat, panels.items()))
@@ -142,7 +142,7 @@ def _points(axis: Axes, table: pd.DataFrame, floor: float) -> None:
     if len(points):
         x, y = points[front(points)].T
         axis.plot(x, y, color="#CCCCCC", lw=4, drawstyle="steps-post", zorder=1)
-        axis.plot(x, y, "o", ms=13, mfc="none", mec="black", mew=1.2, zorder=2)
+        axis.plot(x, y, "o", ms=11, mfc="none", mec="black", mew=1.2, zorder=2)
         low, high = points.min(axis=0), points.max(axis=0)
         axis.set_xlim(min(low[0], floor) / 1.4, high[0] * 2)
         axis.set_ylim(low[1] / 1.7, high[1] * 1.9)
@@ -167,7 +167,7 @@ def _ticks(axis, limits: tuple[float, float], text) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-DISTANCES = (8, 14, 20, 30, 42, 56, 72, 90, 110)  # of a label from its point, in points
+DISTANCES = (7, 12, 20, 30, 42, 56, 72, 90, 110)  # of a label from its point, in points
 ANGLES = (0, 180, 30, -30, 150, -150, 60, -60, 90, -90, 120, -120)  # degrees, best first
 
 
@@ -199,7 +199,7 @@ def _label(axis: Axes, names: Sequence[str], points: np.ndarray) -> None:
         taken.append(place)
         centre = (place.min + place.max) / 2
         text.set_position((centre - pixels[i]) / unit)
-        text.arrow_patch.set_visible(distance > DISTANCES[0])
+        text.arrow_patch.set_visible(distance > DISTANCES[1])
 
 
 def _place(
