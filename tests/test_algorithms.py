@@ -50,6 +50,14 @@ def test_drawn_problems(algorithm):
     same()
 
 
+@each
+def test_groups_in_channels_last(algorithm):
+    problem = ConvProblem(2, 2, 2, 1, 2, kernel_size=3, padding=1, groups=2)
+    x, weight, bias = problem.inputs(dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert_same(algorithm, *(t.requires_grad_() for t in (x, weight, bias)), **problem.kwargs)
+
+
 X, WEIGHT, BIAS = torch.ones(2, 4, 5, 6), torch.ones(6, 2, 3, 2), torch.ones(6)
 BAD_CALLS = {
     "bias too short": ((X, WEIGHT, BIAS[:5]), {}),

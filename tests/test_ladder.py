@@ -1,7 +1,6 @@
 """What the faster algorithms promise beyond being right: memory, options, compiling."""
 
 import contextlib
-import functools
 import importlib.util
 
 import pytest
@@ -104,9 +103,13 @@ def test_nothing_but_inputs_is_kept_for_backward(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_chunk_does_not_matter(name):
     """One image at a time, two, or all: the same up to the order of summation."""
-    slow = name in ("fused", "implicit_gemm")
-    drawn = given(problem=problems(min_batch=1))(functools.partial(assert_chunks_agree, name))
-    settings(max_examples=15 if slow else 40)(drawn)()
+
+    @settings(max_examples=15 if name in ("fused", "implicit_gemm") else 40)
+    @given(problem=problems(min_batch=1))
+    def agree(problem):
+        assert_chunks_agree(name, problem)
+
+    agree()
 
 
 def assert_chunks_agree(name, problem):

@@ -41,7 +41,8 @@ class Shifted:
     def padded(self, images):
         """images (n, C, H, W) → padded, with a row of zeros more for the last long row."""
         (ph, pw), more = self.sizes.padding, int(self.views)
-        return F.pad(images, (pw, pw, ph, ph + more))
+        found = F.pad(images, (pw, pw, ph, ph + more))
+        return found if self.sizes.groups == 1 else found.contiguous()  # not NHWC: n·groups axis
 
     def tap(self, x, i, j):
         """Padded x → (n·groups, C / groups, OH · width): a view if the stride is 1."""
